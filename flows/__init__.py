@@ -1,0 +1,1 @@
+"""Prefect flows: when, where, again; the work is in mm_model."""

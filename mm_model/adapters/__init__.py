@@ -1,0 +1,1 @@
+"""The seams to Ray, MLflow and the local services; nothing else imports them."""

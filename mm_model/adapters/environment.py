@@ -1,0 +1,97 @@
+"""Where the local services are, and the environment that every process of the platform runs in.
+
+Each address can be set from outside by the variable that its own community uses; the defaults are
+the ports that people expect. Telemetry is off everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+DEFAULT_PORTS = {
+    "mlflow": 5000,
+    "prefect": 4200,
+    "ray": 6379,
+    "ray_dashboard": 8265,
+    "ray_client": 10001,
+    "endpoint": 8000,
+}
+
+
+def project_root() -> Path:
+    """The folder that holds dvc.yaml, params.yaml and var/: MM_PROJECT, or this checkout."""
+    return Path(os.environ.get("MM_PROJECT", Path(__file__).resolve().parents[2])).resolve()
+
+
+def port(service: str) -> int:
+    """A service's port: MM_<SERVICE>_PORT, or the default."""
+    return int(os.environ.get(f"MM_{service.upper()}_PORT", DEFAULT_PORTS[service]))
+
+
+def state_dir() -> Path:
+    """Everything the local services write: databases, artefacts, logs, the Ray token."""
+    return project_root() / "var"
+
+
+def ray_temp_dir() -> Path:
+    """A short path, since Ray puts Unix sockets below it and these may not exceed 107 bytes."""
+    digest = hashlib.sha256(str(project_root()).encode()).hexdigest()[:8]
+    return Path("/tmp") / f"mm-ray-{digest}"
+
+
+def mlflow_url() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port('mlflow')}")
+
+
+def prefect_api_url() -> str:
+    return os.environ.get("PREFECT_API_URL", f"http://127.0.0.1:{port('prefect')}/api")
+
+
+def ray_dashboard_url() -> str:
+    return os.environ.get("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{port('ray_dashboard')}")
+
+
+def ray_address() -> str:
+    return os.environ.get("RAY_ADDRESS", f"127.0.0.1:{port('ray')}")
+
+
+def endpoint_url() -> str:
+    return os.environ.get("MM_ENDPOINT_URL", f"http://127.0.0.1:{port('endpoint')}")
+
+
+def service_environment() -> dict[str, str]:
+    """Variables for every process of the platform; what is set outside wins."""
+    state = state_dir()
+    wanted = {
+        "MM_PROJECT": str(project_root()),
+        "MLFLOW_TRACKING_URI": mlflow_url(),
+        "PREFECT_API_URL": prefect_api_url(),
+        "PREFECT_HOME": str(state / "prefect"),
+        "RAY_DASHBOARD_ADDRESS": ray_dashboard_url(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(state / "ray_token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_MODEL_CATALOG_URI": "",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(state / "dvc"),
+        "GX_ANALYTICS_ENABLED": "false",
+        "PROJ_NETWORK": "OFF",
+    }
+    return {key: os.environ.get(key, value) for key, value in wanted.items()}
+
+
+def enter() -> None:
+    """Set the variables of `service_environment` in this process; call before importing vendors."""
+    os.environ.update(service_environment())

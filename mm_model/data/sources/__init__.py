@@ -1,0 +1,1 @@
+"""Where patches come from: the synthetic Earth, and manifests of GeoTIFF files."""

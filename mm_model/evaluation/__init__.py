@@ -1,0 +1,1 @@
+"""Metrics in physical units on held-out places, and their pictures."""

@@ -1,0 +1,1 @@
+"""Flow matching as pure functions: path, loss and sampler."""

@@ -1,0 +1,1 @@
+"""Pure geometry of rasters: no input or output, no GDAL."""
