@@ -1,0 +1,287 @@
+"""`mm`: the verbs of the platform, for people.
+
+Only typer is imported here; a command imports what it needs, so that help is quick. Errors end as
+one line that says what to do; `--debug` shows the trace.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm_model import __version__
+from mm_model.errors import MMError
+
+app = typer.Typer(
+    name="mm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="One scene from whatever modalities are observed; every other modality from that scene.",
+)
+
+SERVICES, STAGES, MODELS, IMAGES = "Services", "Pipeline stages", "Models", "Images"
+
+PipelineOption = Annotated[
+    Path,
+    typer.Option("--pipeline", "-C", help="Folder that holds params.yaml.", show_default="."),
+]
+HERE = Path()
+
+
+def main() -> None:
+    """Entry point of `mm`: runs a command; an error becomes one line and exit status 1."""
+    # Read here, so that it is understood before and after the verb.
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    from mm_model.adapters import environment
+
+    environment.enter()
+    try:
+        app(args=arguments, prog_name="mm")
+    except MMError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        _fail(f"unexpected {type(error).__name__}: {text:.300}; run again with --debug for a trace")
+
+
+def _fail(message: str, status: int = 1) -> None:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise SystemExit(status)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """See `main` for --debug; it is named here for the help page."""
+
+
+def _enter(pipeline: Path) -> None:
+    """Stages read and write relative to their pipeline folder."""
+    if not (pipeline / "params.yaml").is_file():
+        from mm_model.errors import ConfigError
+
+        raise ConfigError(
+            f"{pipeline.resolve()} holds no params.yaml",
+            remedy="go to a pipeline folder or name one with --pipeline",
+        )
+    os.chdir(pipeline)
+
+
+# ------------------------------------------------------------------------------------- services
+
+
+@app.command(rich_help_panel=SERVICES)
+def doctor() -> None:
+    """What is installed, reachable and wrong, and what to do about it."""
+    from mm_model.cli.doctor import examine
+
+    raise SystemExit(examine())
+
+
+@app.command(rich_help_panel=SERVICES)
+def up() -> None:
+    """Start MLflow, Prefect, Ray and the endpoint under a supervisor; deploy the flows."""
+    from mm_model.adapters import services
+
+    services.up()
+
+
+@app.command(rich_help_panel=SERVICES)
+def down() -> None:
+    """Stop all that `mm up` started; nothing is left behind but var/."""
+    from mm_model.adapters import services
+
+    services.down()
+
+
+@app.command(rich_help_panel=SERVICES)
+def status() -> None:
+    """Services: state, address and memory."""
+    from mm_model.adapters import services
+
+    services.status()
+
+
+@app.command(rich_help_panel=SERVICES)
+def serve(pipeline: PipelineOption = HERE) -> None:
+    """Serve the champion over HTTP on the local Ray, until stopped."""
+    _enter(pipeline)
+    from mm_model.adapters import ray_serve
+    from mm_model.config import load_params
+
+    params = load_params()
+    ray_serve.serve_forever(params.serve, params.register_.model)
+
+
+@app.command(rich_help_panel=SERVICES)
+def demo(pipeline: PipelineOption = HERE) -> None:
+    """Start everything, run the release flow, ask the endpoint, and draw what it answers."""
+    from mm_model.cli.demo import run
+
+    run(pipeline)
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare(pipeline: PipelineOption = HERE) -> None:
+    """Rasters, or the synthetic Earth, to co-registered patches."""
+    _enter(pipeline)
+    from mm_model.stages import prepare as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def split(pipeline: PipelineOption = HERE) -> None:
+    """Places to training, validation and test."""
+    _enter(pipeline)
+    from mm_model.stages import split as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def validate(pipeline: PipelineOption = HERE) -> None:
+    """Check the index of patches; write Data Docs."""
+    _enter(pipeline)
+    from mm_model.stages import validate as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def stats(pipeline: PipelineOption = HERE) -> None:
+    """Statistics of the training split."""
+    _enter(pipeline)
+    from mm_model.stages import stats as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def train(pipeline: PipelineOption = HERE) -> None:
+    """Train the scene model on Ray; resumes from the last checkpoint of the same run."""
+    _enter(pipeline)
+    from mm_model.stages import train as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(pipeline: PipelineOption = HERE) -> None:
+    """Measure the bundle on held-out places; draw sheets."""
+    _enter(pipeline)
+    from mm_model.stages import evaluate as stage
+
+    stage.main()
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+@app.command(rich_help_panel=MODELS)
+def register(pipeline: PipelineOption = HERE) -> None:
+    """Register the evaluated bundle with MLflow and put it through the gate."""
+    _enter(pipeline)
+    from mm_model.cli.models import register_and_gate
+
+    register_and_gate()
+
+
+@app.command(rich_help_panel=MODELS)
+def promote(version: int, pipeline: PipelineOption = HERE) -> None:
+    """Make a version that passed its gate the champion; the endpoint follows."""
+    _enter(pipeline)
+    from mm_model.cli.models import promote as promote_version
+
+    promote_version(version)
+
+
+@app.command(rich_help_panel=MODELS)
+def rollback(pipeline: PipelineOption = HERE) -> None:
+    """Give the alias back to the champion before this one; the endpoint follows."""
+    _enter(pipeline)
+    from mm_model.cli.models import rollback as roll_back
+
+    roll_back()
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+@app.command(rich_help_panel=IMAGES)
+def generate(
+    observe: Annotated[
+        list[str] | None,
+        typer.Option(help="MODALITY=FILE, repeatable; none: a scene out of nothing."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Modality to generate, repeatable; default: all not observed."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each target.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 8,
+    width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle folder.", show_default="models/bundle")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask this endpoint (http://host:port) instead of a bundle.")
+    ] = None,
+) -> None:
+    """GeoTIFFs of any modality from GeoTIFFs of any others."""
+    from mm_model.cli.images import generate as run
+
+    run(
+        observe=observe or [],
+        targets=target or [],
+        samples=samples,
+        seed=seed,
+        steps=steps,
+        size=(height, width),
+        out=out,
+        bundle=bundle,
+        endpoint=endpoint,
+    )
+
+
+@app.command(rich_help_panel=IMAGES)
+def show(
+    what: Annotated[
+        str, typer.Argument(help="A patch id or number, a bundle folder, or GeoTIFFs' folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("show.png"),
+    pipeline: PipelineOption = HERE,
+) -> None:
+    """A picture of a patch, of what a bundle generates, or of an answer."""
+    from mm_model.cli.images import show as run
+
+    run(what, out.resolve(), pipeline)
