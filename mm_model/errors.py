@@ -90,6 +90,12 @@ class GateError(MMError):
     code = "gate"
 
 
+class StageError(MMError):
+    """A stage of the pipeline failed: do what its message says, then run it again."""
+
+    code = "stage"
+
+
 class ServiceError(MMError):
     """A service (MLflow, Prefect, Ray, the endpoint) does not answer: start it."""
 
