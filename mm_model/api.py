@@ -1,0 +1,280 @@
+"""What the endpoint and its clients say to each other: records, headers and the errors' statuses.
+
+Light on purpose: no torch, no rasterio, no web framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mm_model import errors
+from mm_model.errors import MMError
+from mm_model.modalities import MODALITIES, Modality
+
+MIN_SIDE_PX = 16
+"""Least height and width of what is generated."""
+MAX_STEPS = 64
+"""Most sampling steps of a request."""
+DEFAULT_STEPS = 8
+
+TIFF = "image/tiff"
+PNG = "image/png"
+ZIP = "application/zip"
+PROBLEM = "application/problem+json"
+MANIFEST = "manifest.json"
+"""Name of the manifest inside a zip answer."""
+
+_PROBLEM_URN = "urn:mm-model:problem:"
+
+# One status for each decision of a caller: the only table of its kind.
+STATUS: Mapping[type[MMError], int] = MappingProxyType(
+    {
+        errors.MMError: 500,
+        errors.ConfigError: 500,
+        errors.RasterError: 500,
+        errors.DataError: 500,
+        errors.NonFiniteLossError: 500,
+        errors.BundleError: 500,
+        errors.GateError: 500,
+        errors.RegistryError: 503,
+        errors.ServiceError: 503,
+        errors.RequestError: 422,
+        errors.MediaTypeError: 415,
+        errors.TooLargeError: 413,
+        errors.UnknownModalityError: 422,
+        errors.LayerError: 422,
+        errors.GeoreferenceError: 422,
+        errors.NotReadyError: 503,
+        errors.OverloadedError: 429,
+        errors.DeadlineError: 504,
+    }
+)
+RETRY_AFTER_S: Mapping[int, int] = MappingProxyType({429: 1, 503: 5})
+"""Seconds that a caller should wait before another try, by status."""
+
+
+class Record(BaseModel):
+    """A JSON object on the wire: immutable, no key unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Problem(Record):
+    """An RFC 9457 problem: what was wrong, what was got, what is allowed, what to do."""
+
+    type: str = Field(description="URN of the kind of problem")
+    title: str = Field(description="the kind of problem, in a few words")
+    status: Annotated[int, Field(ge=400, le=599)]
+    detail: str = Field(description="what was wrong in this request")
+    code: str = Field(description="short name of the kind; the client's error class")
+    got: str | None = None
+    allowed: str | None = None
+    remedy: str | None = None
+
+
+def problem_of(error: MMError) -> Problem:
+    """The problem that tells a client of an error."""
+    title = (type(error).__doc__ or type(error).__name__).splitlines()[0].rstrip(".")
+    return Problem(
+        type=_PROBLEM_URN + error.code,
+        title=title,
+        status=STATUS[type(error)],
+        detail=error.what,
+        code=error.code,
+        got=error.got,
+        allowed=error.allowed,
+        remedy=error.remedy,
+    )
+
+
+def http_problem(status: int, detail: str) -> Problem:
+    """A problem that HTTP itself names (404, 405, 500 …), not this interface."""
+    code = errors.RequestError.code if status < 500 else errors.MMError.code
+    title = "HTTP error"
+    return Problem(type="about:blank", title=title, status=status, detail=detail, code=code)
+
+
+def error_of(problem: Problem) -> MMError:
+    """The error that a problem tells of: the same class with the same parts."""
+    kinds = {cls.code: cls for cls in error_classes()}
+    kind = kinds.get(problem.code, MMError)
+    return kind(problem.detail, got=problem.got, allowed=problem.allowed, remedy=problem.remedy)
+
+
+def error_classes(base: type[MMError] = MMError) -> Iterator[type[MMError]]:
+    """`MMError` and all its descendants that mm_model declares."""
+    yield base
+    for kind in base.__subclasses__():
+        yield from error_classes(kind)
+
+
+class Provenance(Record):
+    """Which model made an answer, and from what; in every answer's headers, tags and manifest."""
+
+    model: str = Field(description="registered model's name")
+    model_version: str
+    run_id: str = Field(description="MLflow run that trained it; empty if there is none")
+    observed: tuple[str, ...] = Field(description="modalities that were given")
+    targets: tuple[str, ...] = Field(description="modalities that were generated")
+    samples: int
+    seed: int
+    steps: int
+
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that carry this."""
+        return {header: _text(getattr(self, name)) for name, header in _HEADERS.items()}
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str]) -> Provenance:
+        """Read back what `headers` wrote; raises pydantic.ValidationError if it is not whole."""
+        found = {name: headers.get(header) for name, header in _HEADERS.items()}
+        for name in ("observed", "targets"):
+            found[name] = tuple(filter(None, (found[name] or "").split(",")))  # type: ignore[assignment]
+        return cls.model_validate(found)
+
+    def tags(self) -> dict[str, str]:
+        """The tags that a GeoTIFF carries."""
+        return {f"MM_{name.upper()}": _text(getattr(self, name)) for name in _HEADERS}
+
+
+_HEADERS = {
+    "model": "X-Model-Name",
+    "model_version": "X-Model-Version",
+    "run_id": "X-Run-Id",
+    "observed": "X-Observed",
+    "targets": "X-Targets",
+    "samples": "X-Samples",
+    "seed": "X-Seed",
+    "steps": "X-Steps",
+}
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class ManifestFile(Record):
+    """One GeoTIFF of a zip answer."""
+
+    name: str
+    modality: str
+    sample: Annotated[int, Field(ge=0)]
+
+
+class Manifest(Record):
+    """manifest.json of a zip answer."""
+
+    provenance: Provenance
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+    height: int
+    width: int
+    files: tuple[ManifestFile, ...]
+
+
+class BandInfo(Record):
+    """A band of a modality."""
+
+    name: str
+    center_nm: float | None
+    width_nm: float | None
+    polarisation: str | None
+
+
+class ClassInfo(Record):
+    """A class of a categorical modality."""
+
+    code: int
+    name: str
+    color: str
+
+
+class ModalityInfo(Record):
+    """What a GeoTIFF of a modality holds, as input and as output."""
+
+    name: str
+    title: str
+    quantity: str
+    kind: Literal["continuous", "categorical"]
+    unit: str
+    dtype: str
+    nodata: str = Field(description='"nan" or a number')
+    valid_range: tuple[float, float]
+    bands: tuple[BandInfo, ...]
+    classes: tuple[ClassInfo, ...]
+
+    @classmethod
+    def of(cls, modality: Modality) -> ModalityInfo:
+        record = modality.to_dict()
+        return cls(
+            name=modality.name,
+            title=modality.title,
+            quantity=modality.quantity.value,
+            kind=modality.kind.value,
+            unit=modality.unit,
+            dtype=modality.dtype,
+            nodata=str(modality.nodata),
+            valid_range=modality.valid_range,
+            bands=tuple(BandInfo(**band) for band in record["bands"]),
+            classes=tuple(ClassInfo(**item) for item in record["classes"]),
+        )
+
+
+class Limits(Record):
+    """What a request may ask for."""
+
+    min_side_px: int = MIN_SIDE_PX
+    max_side_px: int
+    max_samples: int
+    max_steps: int = MAX_STEPS
+    max_queued: int
+    max_body_bytes: int
+    deadline_s: float
+
+
+class ModelIdentity(Record):
+    """The version that serves."""
+
+    name: str
+    version: str
+    run_id: str = ""
+
+
+class Refusal(Record):
+    """A version that the alias named and that was not taken up."""
+
+    version: str
+    reason: str
+
+
+class ModelInfo(Record):
+    """Answer of GET /v1/model."""
+
+    serving: ModelIdentity | None = Field(description="null until a champion has been loaded")
+    modalities: tuple[str, ...] = Field(description="what the serving version knows")
+    refused: tuple[Refusal, ...] = Field(description="versions that the alias named in vain")
+    registry_error: str | None = Field(description="why the registry cannot be asked, if so")
+    limits: Limits
+
+
+class ModalityList(Record):
+    """Answer of GET /v1/modalities."""
+
+    modalities: tuple[ModalityInfo, ...]
+
+
+class Health(Record):
+    """Answer of GET /healthz and /readyz."""
+
+    status: Literal["ok"] = "ok"
+    model_version: str | None = None
+
+
+def max_body_bytes(max_side_px: int) -> int:
+    """Bytes of the largest lawful upload: every declared band at full size, as float64."""
+    bands = sum(len(modality.bands) for modality in MODALITIES.values())
+    return bands * max_side_px**2 * 8 + 2**20
