@@ -1,0 +1,229 @@
+"""Bundle: all that serving and evaluation need of a training, in one folder without any pickle.
+
+`weights.safetensors` holds the weights (averaged over training) and the codec's buffers;
+`manifest.json` says how to build the model around them, and where they come from. Both have the
+same bytes whenever they are written from the same content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from mm_model.codec import Codec
+from mm_model.config import ModelSize, parse
+from mm_model.errors import BundleError, ConfigError
+from mm_model.modalities import Modality
+from mm_model.nn.model import SceneModel
+
+FORMAT = 1
+WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+_KEYS = {"format", "bundle_id", "weights_sha256", "model", "provenance"}
+_MODEL_KEYS = {"size", "modalities", "seen_sets", "patch_px", "gsd_m", "statistics"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        modalities: the model's modalities, in the order of its channels; a bundle carries its own
+            table, so that it does not change meaning when the registry does.
+        seen_sets: sets of modalities that occurred together in training.
+        patch_px: side of the training patches, which is the window of the sampler.
+        gsd_m: ground sampling distance it was trained at, in metres.
+        statistics: of the training split, as `data.stats` writes them; the codec is made from them.
+        provenance: JSON-ready record of origin: commit, data hashes, parameters, sources, run.
+        weights_sha256, bundle_id: filled by `save_bundle`.
+    """
+
+    modalities: tuple[Modality, ...]
+    size: ModelSize
+    seen_sets: tuple[tuple[str, ...], ...]
+    patch_px: int
+    gsd_m: float
+    statistics: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+    bundle_id: str = ""
+
+    def build(self) -> SceneModel:
+        """A model of this size and these modalities, its weights not yet loaded."""
+        codec = Codec(self.modalities, self.statistics)
+        return SceneModel(self.modalities, self.size, codec, self.seen_sets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        return {
+            "format": FORMAT,
+            "bundle_id": self.bundle_id,
+            "weights_sha256": self.weights_sha256,
+            "model": {
+                "size": self.size.model_dump(),
+                "modalities": [m.to_dict() for m in self.modalities],
+                "seen_sets": [list(names) for names in self.seen_sets],
+                "patch_px": self.patch_px,
+                "gsd_m": self.gsd_m,
+                "statistics": dict(self.statistics),
+            },
+            "provenance": dict(self.provenance),
+        }
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded model, in evaluation mode, and its manifest."""
+
+    model: SceneModel
+    manifest: Manifest
+
+
+def save_bundle(path: Path, model: SceneModel, manifest: Manifest) -> Manifest:
+    """Write a bundle folder, whole or not at all; one that stands there is replaced.
+
+    Returns:
+        The manifest with `weights_sha256` and `bundle_id` filled in.
+    """
+    weights = safetensors.torch.save(
+        {n: t.detach().cpu().contiguous().clone() for n, t in model.state_dict().items()}
+    )
+    record = manifest.to_dict()
+    record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    record["bundle_id"] = _bundle_id(record["weights_sha256"], record["model"])
+    try:
+        text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BundleError("manifest", got=error, allowed="finite JSON values") from error
+
+    path = path.absolute()
+    fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    stale = fresh.with_name(fresh.name + "-old")
+    fresh.mkdir(parents=True)
+    try:
+        _write(fresh / WEIGHTS, weights)
+        _write(fresh / MANIFEST, (text + "\n").encode())
+        if path.exists():
+            path.rename(stale)  # a folder that is not empty cannot be replaced in one call
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+    return _parse_manifest(record, path / MANIFEST)
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a bundle's manifest, without its weights.
+
+    Raises:
+        BundleError: the field that is missing, unknown or inconsistent is named.
+    """
+    file = path / MANIFEST
+    try:
+        record = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{file} does not exist", remedy="name a bundle's folder") from None
+    except ValueError as error:
+        raise BundleError(f"{file} is not JSON", got=error) from error
+    return _parse_manifest(record, file)
+
+
+def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
+    """Load a bundle; strict: every tensor must be there, in its shape, and none besides.
+
+    Raises:
+        BundleError: the file or field that is damaged, missing or unknown is named.
+    """
+    manifest = load_manifest(path)
+    file = path / WEIGHTS
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{file} does not exist", remedy="train again") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != manifest.weights_sha256:
+        raise BundleError(f"weights_sha256 of {file}", got=digest, allowed=manifest.weights_sha256)
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise BundleError(f"{file} is not safetensors", got=error) from error
+    try:
+        model = manifest.build()
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"model of {path / MANIFEST}", got=error) from error
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    misshapen = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
+    for fault, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+        if names:
+            raise BundleError(f"{fault} tensors in {file}", got=names[:8])
+    model.load_state_dict(tensors)
+    return Bundle(model.to(device).eval().requires_grad_(False), manifest)
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _bundle_id(weights_sha256: str, model: Mapping[str, Any]) -> str:
+    """Identity of what the model computes: its weights and the record it is built from."""
+    canonical = json.dumps(model, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(f"{weights_sha256}\n{canonical}".encode()).hexdigest()
+
+
+def _check_keys(record: Any, expected: set[str], where: str) -> None:
+    if not isinstance(record, dict):
+        raise BundleError(where, got=type(record).__name__, allowed="an object")
+    for fault, keys in (("lacks", expected - record.keys()), ("has", record.keys() - expected)):
+        if keys:
+            unknown = "unknown " if fault == "has" else ""
+            raise BundleError(f"{where} {fault} {unknown}{', '.join(sorted(keys))}")
+
+
+def _parse_manifest(record: Any, file: Path) -> Manifest:
+    if isinstance(record, dict) and record.get("format") != FORMAT:
+        raise BundleError(f"format of {file}", got=record.get("format"), allowed=FORMAT)
+    _check_keys(record, _KEYS, str(file))
+    model = record["model"]
+    _check_keys(model, _MODEL_KEYS, f"{file}: model")
+    expected = _bundle_id(str(record["weights_sha256"]), model)
+    if record["bundle_id"] != expected:
+        raise BundleError(
+            f"bundle_id of {file}: the model's record or weights_sha256 was changed",
+            got=record["bundle_id"],
+            allowed=expected,
+            remedy="restore the bundle",
+        )
+    try:
+        modalities = tuple(Modality.from_dict(m) for m in model["modalities"])
+        size = parse(ModelSize, model["size"], f"{file}: model.size")
+    except ConfigError as error:
+        raise BundleError(f"{file}: model: {error}") from error
+    names = {m.name for m in modalities}
+    seen = tuple(tuple(s) for s in model["seen_sets"])
+    if unknown := sorted({n for s in seen for n in s} - names):
+        raise BundleError(f"{file}: model.seen_sets", got=unknown, allowed=sorted(names))
+    return Manifest(
+        modalities=modalities,
+        size=size,
+        seen_sets=seen,
+        patch_px=int(model["patch_px"]),
+        gsd_m=float(model["gsd_m"]),
+        statistics=model["statistics"],
+        provenance=record["provenance"],
+        weights_sha256=record["weights_sha256"],
+        bundle_id=record["bundle_id"],
+    )
