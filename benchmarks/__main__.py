@@ -1,0 +1,29 @@
+"""Run benchmarks by name, or all but the demo; the page is made again after each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks import record
+
+NAMES = ("data", "train", "generate", "serve")
+"""What `make bench` runs; `demo` clones and installs, so it is asked for by name."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}, demo")
+    arguments = parser.parse_args()
+    (record.ROOT / "build").mkdir(exist_ok=True)
+    for name in arguments.names or NAMES:
+        print(f"== {name}", flush=True)
+        figures, notes = importlib.import_module(f"benchmarks.{name}").measure()
+        for key, value in figures.items():
+            print(f"{key:48} {value:.4g}", flush=True)
+        record.write(name, figures, notes)
+        record.write_page()
+
+
+if __name__ == "__main__":
+    main()
