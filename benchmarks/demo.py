@@ -1,4 +1,4 @@
-"""`make demo` in a fresh clone: wall time, installation included, and memory of all its processes."""
+"""`make demo` in a fresh clone: wall time with installation, and memory of all processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "demo_wall_s": "installation included; packages come from a near index",
         "demo_again_wall_s": "nothing has changed: no stage runs",
         "demo_peak_rss_mb": "sum over all processes; shared pages are counted in each",
-        "demo_peak_pss_mb": "sum over all processes; shared pages are divided: what it really takes",
+        "demo_peak_pss_mb": "sum over all processes; shared pages divided: what it takes",
     }
     return figures, notes
 

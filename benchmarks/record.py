@@ -65,8 +65,8 @@ def write_page() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `make bench` from `benchmarks/results/*.json`; not edited by hand. Single runs on a",
-        "shared machine: compare figures of one run with each other, not with those of another day.",
+        "Made by `make bench` from `benchmarks/results/*.json`; not edited by hand. Single runs on",
+        "a shared machine: compare figures of one run, not those of two days.",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
