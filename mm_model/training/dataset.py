@@ -3,9 +3,9 @@
 Order is a pure function of (seed, step): it does not depend on the number of workers, and a resumed
 training sees what an uninterrupted one would have seen.
 
-No flips and no turns: shadows fall away from the sun and radar shortens the slopes that face it, and
-both directions are facts of the orbit. A turned scene holds physics that no sensor sees, and teaches
-the model that relief and shadow are unrelated.
+No flips and no turns: shadows fall away from the sun, and radar shortens the slopes that face it;
+both directions are facts of the orbit. A turned scene holds physics that no sensor sees, and would
+teach the model that relief and shadow are unrelated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 def batch_order(step: int, *, seed: int, count: int, batch: int) -> NDArray[np.int64]:
     """The `batch` items, of 0 … count − 1, that a step sees.
 
-    Steps are consecutive slices of an endless row of epochs, each in an order of its own: every item
-    is seen once before any is seen again.
+    Steps are consecutive slices of an endless row of epochs, each in an order of its own: every
+    item is seen once before any is seen again.
     """
     rows = np.arange(step * batch, (step + 1) * batch)
     return np.array([_epoch_order(seed, int(r // count), count)[r % count] for r in rows])
