@@ -1,0 +1,435 @@
+"""GeoTIFF files, and the warping of images between grids; the only module that knows rasterio.
+
+The driver is always GTiff. Left to choose, GDAL would take a VRT for a raster and read any file of
+this machine that it names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.io import MemoryFile
+from rasterio.transform import Affine
+from rasterio.warp import Resampling, calculate_default_transform, reproject
+from rasterio.warp import transform as transform_points
+
+from mm_model.data.files import write_atomically
+from mm_model.errors import GeoreferenceError, RasterError
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality
+
+# A target pixel that spans more source pixels than this is a summary of them, not a sample.
+_COARSENING = 1.25
+
+
+@dataclass(frozen=True)
+class RasterHeader:
+    """What a GeoTIFF says of itself; no pixel is decoded to know it.
+
+    Attributes:
+        grid: `grid.crs` is "" and the transform the identity where the file lies nowhere.
+        dtype: NumPy name of the type on disk.
+        nodata: the value that stands for "nothing known", if one is declared.
+        band_names, units: one a band, "" where the file says nothing.
+        scales, offsets: one a band, as the file declares them (1 and 0 where it does not).
+        tags: the file's own tags.
+    """
+
+    grid: Grid
+    dtype: str
+    nodata: float | None
+    band_names: tuple[str, ...]
+    units: tuple[str, ...]
+    scales: tuple[float, ...]
+    offsets: tuple[float, ...]
+    tags: Mapping[str, str]
+
+    @property
+    def bands(self) -> int:
+        return len(self.band_names)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that all its pixels take once decoded."""
+        return self.bands * self.grid.height * self.grid.width * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Pixels of a GeoTIFF as they are on disk, and which of them mean something.
+
+    Attributes:
+        values: [bands, H, W] of the bands that were asked for, in that order.
+        valid: bool [H, W]: known (no nodata, no mask, finite) in each of these bands.
+        header: what the file says of itself; `header.band_names` lists all its bands.
+    """
+
+    values: NDArray[np.generic]
+    valid: NDArray[np.bool_]
+    header: RasterHeader
+
+    @property
+    def grid(self) -> Grid:
+        return self.header.grid
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        return self.header.band_names
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return self.header.units
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        return self.header.tags
+
+
+def read_header(file: Path | bytes, name: str | None = None) -> RasterHeader:
+    """A GeoTIFF's header; `name` is what errors call a file that is given as bytes.
+
+    Raises:
+        RasterError: the file is missing, empty, or no GeoTIFF; the message names it.
+    """
+    with _open(file, name) as dataset:
+        return _header(dataset)
+
+
+def read_raster(
+    file: Path | bytes, name: str | None = None, *, bands: Sequence[int | str] | None = None
+) -> Raster:
+    """Decode a GeoTIFF, or some of its bands (numbers from 1, or band descriptions).
+
+    Raises:
+        RasterError: the file is missing, empty, truncated, no GeoTIFF, has pixels that are no real
+            numbers, or lacks a band; the message names it.
+    """
+    label = _label(file, name)
+    with _open(file, name) as dataset:
+        header = _header(dataset)
+        if np.dtype(header.dtype).kind not in "iuf":
+            raise RasterError(
+                f"{label}: pixel type", got=header.dtype, allowed="integers or floats"
+            )
+        numbers = _band_numbers(header, bands, label)
+        values = dataset.read(numbers)
+        valid = (dataset.read_masks(numbers) != 0).all(axis=0)
+    if values.dtype.kind == "f":
+        valid &= np.isfinite(values).all(axis=0)
+    return Raster(values, valid, header)
+
+
+def write_geotiff(
+    path: Path | None,
+    values: NDArray[np.generic],
+    valid: NDArray[np.bool_],
+    grid: Grid,
+    modality: Modality,
+    *,
+    tags: Mapping[str, str] | None = None,
+) -> bytes | None:
+    """Write a layer as GeoTIFF: to `path`, or to the bytes that are returned where it is None.
+
+    Invalid pixels become nodata (NaN, or class 0). Classes carry a colour table and a CLASSES tag.
+
+    Args:
+        path: the file, replaced as a whole; or None.
+        values: [bands, H, W] in physical units, or class codes.
+        valid: bool [H, W].
+        grid: written unchanged to the last digit.
+        modality: gives type, nodata, band names, units and colours.
+        tags: provenance, kept as tags of the file.
+    """
+    if values.shape != (len(modality.bands), *grid.shape) or valid.shape != grid.shape:
+        raise RasterError(
+            f"{modality.name} to be written",
+            got=f"values {values.shape}, valid {valid.shape}",
+            allowed=f"{(len(modality.bands), *grid.shape)} and {grid.shape}",
+        )
+    filled = np.where(valid, values, modality.nodata).astype(modality.dtype)
+    profile = {
+        "driver": "GTiff",
+        "height": grid.height,
+        "width": grid.width,
+        "count": len(modality.bands),
+        "dtype": modality.dtype,
+        "nodata": modality.nodata,
+        "crs": _crs(grid.crs) if grid.crs else None,
+        "transform": Affine(*grid.transform),
+        "compress": "deflate",
+        "predictor": 1 if modality.is_categorical else 3,
+    }
+    with _quiet(), MemoryFile() as memory:
+        with memory.open(**profile) as dataset:
+            dataset.write(filled)
+            dataset.descriptions = modality.band_names
+            dataset.units = [modality.unit] * len(modality.bands)
+            legend = {}
+            if modality.is_categorical:
+                colors = {c.code: (*bytes.fromhex(c.color[1:]), 255) for c in modality.classes}
+                dataset.write_colormap(1, {0: (0, 0, 0, 0), **colors})
+                legend["CLASSES"] = ",".join(f"{c.code} {c.name}" for c in modality.classes)
+            dataset.update_tags(MODALITY=modality.name, **legend, **(tags or {}))
+        content = bytes(memory.getbuffer())
+    if path is None:
+        return content
+    write_atomically(path, content)
+    return None
+
+
+def warp(
+    values: NDArray[np.generic],
+    valid: NDArray[np.bool_],
+    source_grid: Grid,
+    target_grid: Grid,
+    *,
+    categorical: bool,
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """Bring an image onto another grid, resampled by what its values are.
+
+    Classes keep their codes (nearest; the most frequent one where a target pixel spans several).
+    Numbers are interpolated bilinearly, or averaged where a target pixel spans several. A target
+    pixel is valid if its centre lies in a valid source pixel, or, where it spans several, if at
+    least half of what it spans is valid. Warp a scene once and slice the result: GDAL's
+    approximations make the warp of a window differ from the window of a warp.
+
+    Args:
+        values: [bands, H, W]; class codes from 1 to 255 if categorical.
+        valid: bool [H, W].
+        source_grid: the grid of `values`.
+        target_grid: the grid wanted.
+        categorical: whether values are class codes.
+
+    Returns:
+        Values [bands, h, w] (uint8 or float32; 0 or NaN where invalid) and valid bool [h, w].
+    """
+    dtype, nodata = ("uint8", 0) if categorical else ("float32", np.nan)
+    filled = np.where(valid, values, nodata).astype(dtype)
+    if source_grid == target_grid:
+        return filled, valid.copy()
+    several = source_pixels_per_target(source_grid, target_grid) > _COARSENING
+    if categorical:
+        method = Resampling.mode if several else Resampling.nearest
+    else:
+        method = Resampling.average if several else Resampling.bilinear
+    warped = _reproject(filled, source_grid, target_grid, method, nodata)
+    share = _reproject(
+        valid[None].astype("float32"),
+        source_grid,
+        target_grid,
+        Resampling.average if several else Resampling.nearest,
+        np.nan,
+    )[0]
+    known = (warped != 0).all(axis=0) if categorical else np.isfinite(warped).all(axis=0)
+    new_valid = known & (np.nan_to_num(share) >= 0.5)
+    return np.where(new_valid, warped, np.asarray(nodata, dtype)), new_valid
+
+
+def crs_to_string(crs: CRS | None) -> str:
+    """The name "EPSG:<code>" where it says exactly the same, else WKT 2; "" for none."""
+    if crs is None or not crs.wkt:
+        return ""
+    code = crs.to_epsg(confidence_threshold=100)
+    if code is not None and CRS.from_epsg(code) == crs:
+        return f"EPSG:{code}"
+    return str(crs.to_wkt(version="WKT2_2019"))
+
+
+def same_crs(first: str, second: str) -> bool:
+    """Whether two strings name one coordinate reference system, however they spell it."""
+    return first == second or (bool(first and second) and _crs(first) == _crs(second))
+
+
+def to_lonlat(crs: str, xs: Sequence[float], ys: Sequence[float]) -> NDArray[np.float64]:
+    """Longitude and latitude in degrees [n, 2] of points in a reference system."""
+    return np.array(_transform_points(crs, "EPSG:4326", xs, ys), dtype=np.float64).T
+
+
+def metric_grid(grid: Grid, crs: str, gsd_m: float) -> Grid:
+    """The grid of square pixels of `gsd_m` in `crs` that covers `grid`.
+
+    Its corner is a multiple of the pixel, so that neighbours share one lattice.
+
+    Raises:
+        GeoreferenceError: the reference system is unknown or its unit is not the metre.
+    """
+    target = _crs(crs)
+    if not target.is_projected or target.linear_units_factor[1] != 1.0:
+        raise GeoreferenceError(
+            "reference system of a grid in metres",
+            got=crs,
+            allowed="a projected system in metres",
+            remedy=f"use the UTM zone {utm_zone(grid)}",
+        )
+    transform, width, height = calculate_default_transform(
+        _crs(grid.crs), target, grid.width, grid.height, *_outer(grid), resolution=gsd_m
+    )
+    left = np.floor(transform.c / gsd_m + 1e-6) * gsd_m
+    top = np.ceil(transform.f / gsd_m - 1e-6) * gsd_m
+    width = int(np.ceil((transform.c - left) / gsd_m + width - 1e-6))
+    height = int(np.ceil((top - transform.f) / gsd_m + height - 1e-6))
+    coefficients = (gsd_m, 0.0, float(left), 0.0, -gsd_m, float(top))
+    return Grid(crs_to_string(target), coefficients, height, width)
+
+
+def utm_zone(grid: Grid) -> str:
+    """The UTM zone of the grid's centre: "EPSG:326zz" or "EPSG:327zz"."""
+    x, y = grid.xy(grid.height / 2, grid.width / 2)
+    lon, lat = to_lonlat(grid.crs, [x], [y])[0]
+    zone = int(np.clip((lon + 180) // 6 + 1, 1, 60))
+    return f"EPSG:{(32600 if lat >= 0 else 32700) + zone}"
+
+
+def is_metric(crs: str) -> bool:
+    """Whether coordinates of the reference system are metres on a plane."""
+    found = _crs(crs)
+    return bool(found.is_projected and found.linear_units_factor[1] == 1.0)
+
+
+def source_pixels_per_target(source: Grid, target: Grid) -> float:
+    """How many source pixels, along a side, a pixel in the middle of the target spans."""
+    row, col = target.height / 2, target.width / 2
+    corners = [target.xy(row, col), target.xy(row, col + 1), target.xy(row + 1, col)]
+    xs, ys = _transform_points(target.crs, source.crs, *zip(*corners, strict=True))
+    at = np.array([source.row_col(x, y) for x, y in zip(xs, ys, strict=True)])
+    return float(np.linalg.norm(at[1:] - at[0], axis=1).max())
+
+
+def _reproject(
+    values: NDArray[Any], source: Grid, target: Grid, method: Resampling, nodata: float
+) -> NDArray[Any]:
+    out = np.full((values.shape[0], *target.shape), nodata, dtype=values.dtype)
+    same = same_crs(source.crs, target.crs)
+    # Without reference system, both grids lie on one plane: any projected one will do.
+    source_crs = _crs(source.crs or "EPSG:3857")
+    reproject(
+        values,
+        out,
+        src_transform=Affine(*source.transform),
+        src_crs=source_crs,
+        src_nodata=nodata,
+        dst_transform=Affine(*target.transform),
+        dst_crs=source_crs if same else _crs(target.crs),
+        dst_nodata=nodata,
+        resampling=method,
+        init_dest_nodata=True,
+    )
+    return out
+
+
+def _transform_points(
+    source: str, target: str, xs: Sequence[float], ys: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    if same_crs(source, target):
+        return list(xs), list(ys)
+    found = transform_points(_crs(source), _crs(target), list(xs), list(ys))
+    if not np.isfinite(found).all():
+        raise GeoreferenceError(
+            "position of an image",
+            got=f"{xs[0]}, {ys[0]} in {source[:80]}",
+            allowed=f"a place that {target[:80]} can express",
+        )
+    return found[0], found[1]
+
+
+def _outer(grid: Grid) -> tuple[float, float, float, float]:
+    """Left, bottom, right, top."""
+    left, bottom, right, top = grid.bounds
+    return left, bottom, right, top
+
+
+def _crs(text: str) -> CRS:
+    try:
+        return CRS.from_user_input(text)
+    except CRSError as error:
+        raise GeoreferenceError(
+            "coordinate reference system", got=text[:120] or "none", allowed="EPSG:<code> or WKT"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """An image that lies nowhere is no fault here: `Grid.crs` says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def _label(file: Path | bytes, name: str | None) -> str:
+    return name or (str(file) if isinstance(file, Path) else "upload")
+
+
+@contextmanager
+def _open(file: Path | bytes, name: str | None) -> Iterator[Any]:
+    """An open dataset; whatever goes wrong with it until it is closed is a RasterError."""
+    label = _label(file, name)
+    if isinstance(file, Path):
+        if not file.is_file():
+            raise RasterError(f"{label} does not exist", remedy="mend the path")
+        if file.stat().st_size == 0:
+            raise RasterError(f"{label} is empty", remedy="fetch the file again")
+    elif not file:
+        # rasterio would open an empty memory file for writing.
+        raise RasterError(f"{label} is empty", remedy="send a GeoTIFF")
+    try:
+        with _quiet():
+            if isinstance(file, Path):
+                with rasterio.open(file, driver="GTiff") as dataset:
+                    yield dataset
+            else:
+                with MemoryFile(file) as memory, memory.open(driver="GTiff") as dataset:
+                    yield dataset
+    except RasterioError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise RasterError(
+            f"{label} cannot be read as GeoTIFF",
+            got=cause[:200],
+            allowed="a whole GeoTIFF file",
+            remedy="mend or remove it",
+        ) from error
+
+
+def _header(dataset: Any) -> RasterHeader:
+    return RasterHeader(
+        Grid(
+            crs_to_string(dataset.crs),
+            tuple(dataset.transform)[:6],
+            dataset.height,
+            dataset.width,
+        ),
+        dataset.dtypes[0],
+        dataset.nodata,
+        tuple(d or "" for d in dataset.descriptions),
+        tuple(u or "" for u in dataset.units),
+        tuple(dataset.scales),
+        tuple(dataset.offsets),
+        dataset.tags(),
+    )
+
+
+def _band_numbers(header: RasterHeader, bands: Sequence[int | str] | None, label: str) -> list[int]:
+    if bands is None:
+        return list(range(1, header.bands + 1))
+    numbers = []
+    for band in bands:
+        if isinstance(band, int) and 1 <= band <= header.bands:
+            numbers.append(band)
+        elif isinstance(band, str) and header.band_names.count(band) == 1:
+            numbers.append(header.band_names.index(band) + 1)
+        else:
+            raise RasterError(
+                f"{label}: band",
+                got=repr(band),
+                allowed=f"1 to {header.bands}, or one of {list(header.band_names)}",
+            )
+    return numbers

@@ -1,0 +1,272 @@
+"""The patch store: few large files, read at random without copying (docs/adr/0003-patch-store.md).
+
+A folder of Arrow IPC files, uncompressed and memory-mapped. Each file holds one modality of up to
+`shard_patches` patches: a column `values` of tensors [bands, H, W] and a column `valid` of packed
+bits, null where every pixel is valid. `index.parquet` has a row for each patch × modality.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mm_model.data.files import sync_folder
+from mm_model.data.patch import Layer, Patch
+from mm_model.errors import DataError
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality
+
+INDEX = "index.parquet"
+# Enough to make the cost of a batch's header vanish, little enough to be held while writing.
+_BATCH_BYTES = 8 << 20
+
+
+class PatchStore:
+    """Patches by position, in a stable order. May be pickled, and used after a fork.
+
+    Attributes:
+        index: one row a patch × modality, rows of a patch together: patch_id, place_id, source,
+            modality, shard, row, crs, a…f, height, width, gsd_m, min, max, mean (over valid
+            pixels of all bands), valid_fraction, acquired_at, sha256.
+        patch_ids: by position.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._shards: dict[str, list[tuple[NDArray[np.generic], pa.Array]]] = {}
+        try:
+            self.index = pd.read_parquet(self.path / INDEX)
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.path} is no patch store", remedy="run the stage prepare"
+            ) from None
+        ids = self.index["patch_id"].to_numpy()
+        first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]) & (ids == ids))
+        self._starts = np.append(first, len(ids))
+        self.patch_ids = [str(i) for i in ids[first]]
+
+    def __len__(self) -> int:
+        return len(self.patch_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps stay behind; a copy opens its own when it first reads.
+        return {**self.__dict__, "_shards": {}}
+
+    def rows(self, position: int) -> pd.DataFrame:
+        """The index rows of a patch, one a modality."""
+        return self.index.iloc[self._starts[position] : self._starts[position + 1]]
+
+    def read(self, position: int, modalities: Sequence[str] | None = None) -> Patch:
+        """A patch, with all its layers or those named that it has.
+
+        Values are read-only views of the file; invalid pixels hold NaN or class 0.
+        """
+        if not 0 <= position < len(self):
+            raise DataError("patch position", got=position, allowed=f"0 to {len(self) - 1}")
+        rows = self.rows(position).to_dict("records")
+        layers = {
+            str(r["modality"]): self._layer(str(r["shard"]), int(r["row"]), r["acquired_at"])
+            for r in rows
+            if modalities is None or r["modality"] in modalities
+        }
+        first = rows[0]
+        transform = tuple(float(first[k]) for k in "abcdef")
+        grid = Grid(first["crs"], transform, int(first["height"]), int(first["width"]))  # type: ignore[arg-type]
+        return Patch(
+            first["patch_id"], first["place_id"], first["source"], grid, first["gsd_m"], layers
+        )
+
+    def _layer(self, shard: str, row: int, acquired_at: str | None) -> Layer:
+        batches = self._shards.get(shard)
+        if batches is None:
+            batches = self._shards[shard] = _open_shard(self.path / shard)
+        per_batch = len(batches[0][1])
+        values, packed = batches[row // per_batch]
+        at = row % per_batch
+        shape = values.shape[2:]
+        bits = packed[at].as_py()
+        if bits is None:
+            valid = np.ones(shape, dtype=np.bool_)
+        else:
+            flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0] * shape[1])
+            valid = flat.view(np.bool_).reshape(shape)
+        return Layer(values[at], valid, acquired_at)
+
+
+class ShardWriter:
+    """Writes a store into a new folder; `close` (or leaving the `with` block) completes it.
+
+    What is written depends only on the patches and their order. The folder has no index, and is no
+    store, before it is complete.
+    """
+
+    def __init__(self, path: Path, modalities: Sequence[Modality], shard_patches: int) -> None:
+        self.path = path
+        self._modalities = {m.name: m for m in modalities}
+        self._shard_patches = shard_patches
+        self._open: dict[str, _Shard] = {}
+        self._counts = dict.fromkeys(self._modalities, 0)
+        self._rows: list[dict[str, Any]] = []
+        self._ids: set[str] = set()
+        path.mkdir(parents=True)
+
+    def add(self, patch: Patch) -> None:
+        """Append a patch; one without layers is an error."""
+        self._append(patch, {n: describe(patch, self._modalities[n]) for n in patch.layers})
+
+    def copy(self, store: PatchStore, position: int) -> None:
+        """Append a patch of another store, without measuring it again."""
+        described = {r["modality"]: r for r in store.rows(position).to_dict("records")}
+        self._append(store.read(position), described)
+
+    def _append(self, patch: Patch, described: dict[str, Any]) -> None:
+        if not patch.layers or patch.patch_id in self._ids:
+            raise DataError(
+                f"patch {patch.patch_id}",
+                got="no layer" if not patch.layers else "the same id twice",
+                allowed="one or more layers, and an id of its own",
+            )
+        self._ids.add(patch.patch_id)
+        for name, modality in self._modalities.items():
+            layer = patch.layers.get(name)
+            if layer is None:
+                continue
+            number, row = divmod(self._counts[name], self._shard_patches)
+            self._counts[name] += 1
+            shard = f"{name}-{number:05d}.arrow"
+            if row == 0:
+                if name in self._open:
+                    self._open.pop(name).close()
+                self._open[name] = _Shard(self.path / shard, modality, patch.grid.shape)
+            self._open[name].add(layer)
+            self._rows.append({**described[name], "shard": shard, "row": row})
+
+    def close(self) -> None:
+        """Complete the store: its index is written last."""
+        for shard in self._open.values():
+            shard.close()
+        index = pd.DataFrame(self._rows, columns=list(_COLUMNS)).astype(_COLUMNS)
+        index.to_parquet(self.path / INDEX, index=False)
+        sync_folder(self.path)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+_COLUMNS = {
+    **dict.fromkeys(("patch_id", "place_id", "source", "modality", "shard"), "object"),
+    "row": "int64",
+    "crs": "object",
+    **dict.fromkeys("abcdef", "float64"),
+    **dict.fromkeys(("height", "width"), "int64"),
+    **dict.fromkeys(("gsd_m", "min", "max", "mean", "valid_fraction"), "float64"),
+    **dict.fromkeys(("acquired_at", "sha256"), "object"),
+}
+
+
+def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
+    """The index row of a layer, without its place in the store."""
+    layer = patch.layers[modality.name]
+    known = layer.values[:, layer.valid].astype(np.float64)
+    values, packed = _canonical(layer, modality)
+    digest = hashlib.sha256(values.tobytes() + (packed or b"")).hexdigest()
+    return {
+        "patch_id": patch.patch_id,
+        "place_id": patch.place_id,
+        "source": patch.source,
+        "modality": modality.name,
+        "crs": patch.grid.crs,
+        **dict(zip("abcdef", patch.grid.transform, strict=True)),
+        "height": patch.grid.height,
+        "width": patch.grid.width,
+        "gsd_m": patch.gsd_m,
+        "min": known.min() if known.size else np.nan,
+        "max": known.max() if known.size else np.nan,
+        "mean": known.mean() if known.size else np.nan,
+        "valid_fraction": float(layer.valid.mean()),
+        "acquired_at": layer.acquired_at,
+        "sha256": digest,
+    }
+
+
+def _canonical(layer: Layer, modality: Modality) -> tuple[NDArray[np.generic], bytes | None]:
+    """Values with nodata where invalid, so that equal patches have equal bytes; packed mask."""
+    values = np.where(layer.valid, layer.values, modality.nodata).astype(modality.dtype)
+    return values, None if layer.valid.all() else np.packbits(layer.valid).tobytes()
+
+
+class _Shard:
+    """One Arrow file of a modality, written in batches of an even number of rows."""
+
+    def __init__(self, path: Path, modality: Modality, shape: tuple[int, int]) -> None:
+        self._modality = modality
+        self._frame = (len(modality.bands), *shape)
+        self._batch_rows = max(1, _BATCH_BYTES // (int(np.prod(self._frame)) * 4))
+        self._type = pa.fixed_shape_tensor(
+            pa.from_numpy_dtype(np.dtype(modality.dtype)), self._frame
+        )
+        facts = {
+            "modality": modality.name,
+            "unit": modality.unit,
+            "bands": json.dumps(modality.band_names),
+            "valid": "bits of H x W, most significant first; null: all valid",
+        }
+        self._schema = pa.schema(
+            [pa.field("values", self._type, nullable=False), pa.field("valid", pa.binary())],
+            metadata=facts,
+        )
+        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._pending: list[tuple[NDArray[np.generic], bytes | None]] = []
+
+    def add(self, layer: Layer) -> None:
+        if layer.values.shape != self._frame:
+            raise DataError(
+                f"layer of {self._modality.name}", got=layer.values.shape, allowed=self._frame
+            )
+        self._pending.append(_canonical(layer, self._modality))
+        if len(self._pending) == self._batch_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        values = np.stack([v for v, _ in self._pending])
+        flat = pa.array(values.reshape(-1))
+        storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(self._frame)))
+        tensors = pa.ExtensionArray.from_storage(self._type, storage)
+        masks = pa.array([m for _, m in self._pending], pa.binary())
+        self._writer.write_batch(pa.record_batch([tensors, masks], schema=self._schema))
+        self._pending.clear()
+
+    def close(self) -> None:
+        if self._pending:
+            self._flush()
+        self._writer.close()
+
+
+def _open_shard(path: Path) -> list[tuple[NDArray[np.generic], pa.Array]]:
+    """Values [rows, bands, H, W], mapped and not read, and masks of each batch."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return [(b.column("values").to_numpy_ndarray(), b.column("valid")) for b in batches]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"shard {path} cannot be read", got=error, remedy="run the stage prepare again"
+        ) from error
