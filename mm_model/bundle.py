@@ -21,16 +21,22 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from mm_model.codec import Codec
-from mm_model.config import ModelSize, parse
 from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import Modality
 from mm_model.nn.model import SceneModel
 
 FORMAT = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
-_KEYS = {"format", "bundle_id", "weights_sha256", "model", "provenance"}
-_MODEL_KEYS = {"size", "modalities", "seen_sets", "patch_px", "gsd_m", "statistics"}
+_MODEL_KEYS = {"size", "modalities", "seen_sets", "patch_px"}
+_KEYS = {
+    "format",
+    "bundle_id",
+    "weights_sha256",
+    "model",
+    "gsd_m",
+    "statistics",
+    "provenance",
+}
 
 
 @dataclass(frozen=True)
@@ -38,30 +44,31 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        modalities: the model's modalities, in the order of its channels; a bundle carries its own
-            table, so that it does not change meaning when the registry does.
-        seen_sets: sets of modalities that occurred together in training.
-        patch_px: side of the training patches, which is the window of the sampler.
+        model: what `SceneModel.config` gave: modalities, size, seen_sets, patch_px. A bundle
+            carries its own modality table, so that it does not change meaning when the registry
+            does.
         gsd_m: ground sampling distance it was trained at, in metres.
-        statistics: of the training split, as `data.stats` writes them; the codec is made from them.
+        statistics: of the training split, as `data.stats` writes them.
         provenance: JSON-ready record of origin: commit, data hashes, parameters, sources, run.
         weights_sha256, bundle_id: filled by `save_bundle`.
     """
 
-    modalities: tuple[Modality, ...]
-    size: ModelSize
-    seen_sets: tuple[tuple[str, ...], ...]
-    patch_px: int
+    model: Mapping[str, Any]
     gsd_m: float
     statistics: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     bundle_id: str = ""
 
-    def build(self) -> SceneModel:
-        """A model of this size and these modalities, its weights not yet loaded."""
-        codec = Codec(self.modalities, self.statistics)
-        return SceneModel(self.modalities, self.size, codec, self.seen_sets)
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """In the order of the model's channels."""
+        return tuple(Modality.from_dict(m) for m in self.model["modalities"])
+
+    @property
+    def patch_px(self) -> int:
+        """Side of the training patches, which is the window of the sampler."""
+        return int(self.model["patch_px"])
 
     def to_dict(self) -> dict[str, Any]:
         """The content of manifest.json."""
@@ -69,14 +76,9 @@ class Manifest:
             "format": FORMAT,
             "bundle_id": self.bundle_id,
             "weights_sha256": self.weights_sha256,
-            "model": {
-                "size": self.size.model_dump(),
-                "modalities": [m.to_dict() for m in self.modalities],
-                "seen_sets": [list(names) for names in self.seen_sets],
-                "patch_px": self.patch_px,
-                "gsd_m": self.gsd_m,
-                "statistics": dict(self.statistics),
-            },
+            "model": dict(self.model),
+            "gsd_m": self.gsd_m,
+            "statistics": dict(self.statistics),
             "provenance": dict(self.provenance),
         }
 
@@ -100,11 +102,12 @@ def save_bundle(path: Path, model: SceneModel, manifest: Manifest) -> Manifest:
     )
     record = manifest.to_dict()
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    record["bundle_id"] = _bundle_id(record["weights_sha256"], record["model"])
+    record["bundle_id"] = _bundle_id(record)
     try:
         text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BundleError("manifest", got=error, allowed="finite JSON values") from error
+    saved = _parse_manifest(json.loads(text), path / MANIFEST)
 
     path = path.absolute()
     fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
@@ -119,7 +122,7 @@ def save_bundle(path: Path, model: SceneModel, manifest: Manifest) -> Manifest:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
-    return _parse_manifest(record, path / MANIFEST)
+    return saved
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -158,9 +161,9 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
     except SafetensorError as error:
         raise BundleError(f"{file} is not safetensors", got=error) from error
     try:
-        model = manifest.build()
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"model of {path / MANIFEST}", got=error) from error
+        model = SceneModel.from_config(manifest.model)
+    except ConfigError as error:
+        raise BundleError(f"{path / MANIFEST}: model", got=error) from error
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     misshapen = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
@@ -178,52 +181,39 @@ def _write(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _bundle_id(weights_sha256: str, model: Mapping[str, Any]) -> str:
+def _bundle_id(record: Mapping[str, Any]) -> str:
     """Identity of what the model computes: its weights and the record it is built from."""
-    canonical = json.dumps(model, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(f"{weights_sha256}\n{canonical}".encode()).hexdigest()
+    parts = [record["weights_sha256"], record["model"], record["gsd_m"], record["statistics"]]
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _check_keys(record: Any, expected: set[str], where: str) -> None:
     if not isinstance(record, dict):
         raise BundleError(where, got=type(record).__name__, allowed="an object")
-    for fault, keys in (("lacks", expected - record.keys()), ("has", record.keys() - expected)):
-        if keys:
-            unknown = "unknown " if fault == "has" else ""
-            raise BundleError(f"{where} {fault} {unknown}{', '.join(sorted(keys))}")
+    if missing := expected - record.keys():
+        raise BundleError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := record.keys() - expected:
+        raise BundleError(f"{where} has unknown {', '.join(sorted(unknown))}")
 
 
 def _parse_manifest(record: Any, file: Path) -> Manifest:
     if isinstance(record, dict) and record.get("format") != FORMAT:
         raise BundleError(f"format of {file}", got=record.get("format"), allowed=FORMAT)
     _check_keys(record, _KEYS, str(file))
-    model = record["model"]
-    _check_keys(model, _MODEL_KEYS, f"{file}: model")
-    expected = _bundle_id(str(record["weights_sha256"]), model)
+    _check_keys(record["model"], _MODEL_KEYS, f"{file}: model")
+    expected = _bundle_id(record)
     if record["bundle_id"] != expected:
         raise BundleError(
-            f"bundle_id of {file}: the model's record or weights_sha256 was changed",
+            f"bundle_id of {file}: weights_sha256, model, gsd_m or statistics was changed",
             got=record["bundle_id"],
             allowed=expected,
             remedy="restore the bundle",
         )
     try:
-        modalities = tuple(Modality.from_dict(m) for m in model["modalities"])
-        size = parse(ModelSize, model["size"], f"{file}: model.size")
+        names = {Modality.from_dict(m).name for m in record["model"]["modalities"]}
     except ConfigError as error:
-        raise BundleError(f"{file}: model: {error}") from error
-    names = {m.name for m in modalities}
-    seen = tuple(tuple(s) for s in model["seen_sets"])
-    if unknown := sorted({n for s in seen for n in s} - names):
-        raise BundleError(f"{file}: model.seen_sets", got=unknown, allowed=sorted(names))
-    return Manifest(
-        modalities=modalities,
-        size=size,
-        seen_sets=seen,
-        patch_px=int(model["patch_px"]),
-        gsd_m=float(model["gsd_m"]),
-        statistics=model["statistics"],
-        provenance=record["provenance"],
-        weights_sha256=record["weights_sha256"],
-        bundle_id=record["bundle_id"],
-    )
+        raise BundleError(f"{file}: model.modalities", got=error) from error
+    if unknown := {n for s in record["model"]["seen_sets"] for n in s["modalities"]} - names:
+        raise BundleError(f"{file}: model.seen_sets", got=sorted(unknown), allowed=sorted(names))
+    return Manifest(**{k: v for k, v in record.items() if k != "format"})
