@@ -1,0 +1,103 @@
+"""Relief, water and climate of the synthetic Earth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_model.data.sources.synthetic.noise import F32, Frame, fractal, key, noise, smoothstep
+
+_LAPSE_K_PER_M = 0.0065
+
+
+@dataclass(frozen=True)
+class Terrain:
+    """The ground without what grows or stands on it; all arrays are [H, W].
+
+    Attributes:
+        elevation: metres above the sea; of the surface where there is water.
+        east, north: slope, as metres up a metre.
+        water: rivers, lakes and the sea.
+        shore_m: how far the surface lies above the nearest water level, in metres.
+        river_m: distance from the middle of the nearest valley line, in metres.
+        climate_c: mean temperature of the year, in °C.
+        moisture: 0 (desert) to 1 (rain forest).
+        depth: 0 at the shore to 1 in open water; means nothing on land.
+    """
+
+    elevation: F32
+    east: F32
+    north: F32
+    water: NDArray[np.bool_]
+    shore_m: F32
+    river_m: F32
+    climate_c: F32
+    moisture: F32
+    depth: F32
+    sea: NDArray[np.bool_]
+
+    @property
+    def slope(self) -> F32:
+        """Steepness, as metres up a metre."""
+        return np.hypot(self.east, self.north)
+
+
+def gradient(field: F32, gsd_m: float) -> tuple[F32, F32]:
+    """Rise a metre eastwards and northwards; exact but for the outermost pixels."""
+    down, right = np.gradient(field, np.float32(gsd_m))
+    return right, -down
+
+
+def terrain(seed: int, frame: Frame) -> Terrain:
+    """The ground of a frame."""
+    gsd = frame.gsd_m
+
+    def field(salt: int, wavelength_km: float) -> F32:
+        return noise(key(seed, salt), frame, wavelength_km * 1000)
+
+    plateau = 150 + 130 * field(1, 70) + 45 * field(2, 18) + 12 * field(3, 5)
+    ruggedness = 0.75 * field(4, 45) + 0.5 * field(5, 13)
+    relief = 14 + 30 * np.exp(np.clip(1.1 * ruggedness, -3, 2.1)).astype(np.float32)
+    moisture = 0.55 + 0.2 * field(6, 60) + 0.11 * field(7, 11)
+
+    course = fractal(key(seed, 8), frame, 3600, 6, 0.45)
+    river_m = np.abs(course) / (np.hypot(*gradient(course, gsd)) + np.float32(2e-4))
+    height = course * course
+    height /= height + np.float32(0.3)  # flat valley floors, then slopes
+    detail = fractal(key(seed, 9), frame, 1100, 5, 0.5)
+    ridges = 0.8 - np.abs(noise(key(seed, 10), frame, 900))
+    elevation = height * (1.0 + 0.25 * ridges + 0.22 * detail) + 0.03 * detail
+    elevation *= relief
+
+    basin = fractal(key(seed, 11), frame, 2400, 5, 0.5)
+    wet = smoothstep(0.3, 0.75, moisture)
+    hollow = basin - (2.5 - 0.85 * wet - 0.35 * field(12, 25)) - height * relief / 70
+    elevation -= 30 * np.clip(hollow + 0.15, 0, None)
+
+    width = (26 + 20 * field(13, 22)) * (0.25 + wet)
+    river = (river_m < 0.5 * width) & (width > 9)
+    level = np.maximum(plateau, 0)
+    above = elevation + np.minimum(plateau, 0)
+    sea = (above < 0) & (plateau < 0)
+    water = river | (hollow > 0) | sea
+    above = np.where(water, np.float32(0), np.maximum(above, np.float32(0.3)))
+    depth = np.where(
+        sea, -0.06 * (plateau + elevation), np.maximum(hollow * 3, 0.7 - river_m / (width + 1))
+    )
+    surface = (level + above).astype(np.float32)
+    east, north = gradient(surface, gsd)
+    climate = 12 + 9 * field(14, 80) + 3 * field(15, 17) - _LAPSE_K_PER_M * 1.6 * surface
+    return Terrain(
+        elevation=surface,
+        east=east,
+        north=north,
+        water=water,
+        shore_m=above.astype(np.float32),
+        river_m=river_m.astype(np.float32),
+        climate_c=climate.astype(np.float32),
+        moisture=np.clip(moisture, 0, 1).astype(np.float32),
+        depth=np.clip(depth, 0, 1).astype(np.float32),
+        sea=sea,
+    )
