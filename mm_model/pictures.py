@@ -205,7 +205,7 @@ class _Sheet:
         panels = [panel for row in rows for panel in row if panel is not None]
         modalities = {panel.modality.name: panel.modality for panel in panels}
         ratio = max(panel.valid.shape[0] / panel.valid.shape[1] for panel in panels)
-        self._panel_height = _PANEL_IN * min(ratio, 2)
+        self._panel_height: float = _PANEL_IN * min(ratio, 2)
         self._rows, self._panels = rows, panels
         self._legends = [(m, self._legend_lines(m)) for m in modalities.values()]
         self._has_gaps = any(not panel.valid.all() for panel in panels)
@@ -250,7 +250,8 @@ class _Sheet:
 
     def _row_height(self, row: Sequence[Panel | None], heads: list[str]) -> float:
         noted = any(p is not None and _is_relative(p.modality) for p in row)
-        return self._panel_height + 0.32 * bool(heads) + 0.16 * noted + _GAP_IN
+        extra: float = 0.32 * bool(heads) + 0.16 * noted
+        return self._panel_height + extra + _GAP_IN
 
     def _draw_row(self, row: Sequence[Panel | None], heads: list[str], y: float) -> None:
         limits = _row_limits(row)
