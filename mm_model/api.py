@@ -40,6 +40,7 @@ STATUS: Mapping[type[MMError], int] = MappingProxyType(
         errors.NonFiniteLossError: 500,
         errors.BundleError: 500,
         errors.GateError: 500,
+        errors.StageError: 500,
         errors.RegistryError: 503,
         errors.ServiceError: 503,
         errors.RequestError: 422,

@@ -43,6 +43,7 @@ class RasterHeader:
         band_names, units: one a band, "" where the file says nothing.
         scales, offsets: one a band, as the file declares them (1 and 0 where it does not).
         tags: the file's own tags.
+        block_shape: rows and columns of the pieces that are decoded as a whole.
     """
 
     grid: Grid
@@ -53,6 +54,7 @@ class RasterHeader:
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
     tags: Mapping[str, str]
+    block_shape: tuple[int, int]
 
     @property
     def bands(self) -> int:
@@ -414,6 +416,7 @@ def _header(dataset: Any) -> RasterHeader:
         tuple(dataset.scales),
         tuple(dataset.offsets),
         dataset.tags(),
+        dataset.block_shapes[0],
     )
 
 

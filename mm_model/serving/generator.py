@@ -5,29 +5,26 @@ The grid of an answer is that of the finest observed layer; the others are warpe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mm_model.api import DEFAULT_STEPS
+from mm_model.api import DEFAULT_STEPS, MAX_STEPS, MIN_SIDE_PX
 from mm_model.bundle import Bundle
+from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
+from mm_model.generative.sampler import sample
 from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality
+from mm_model.scene import Scene
+from mm_model.serving.layers import ObservedLayer, check_layer, onto, reference_grid
 
+__all__ = ["Generator", "ObservedLayer", "Prepared", "Request", "Result", "sample_seeds"]
 
-@dataclass(frozen=True)
-class ObservedLayer:
-    """One observed modality on a grid of its own.
-
-    Attributes:
-        values: [bands, H, W] in physical units, or class codes.
-        valid: bool [H, W]; what an invalid pixel holds means nothing.
-    """
-
-    values: NDArray[np.generic]
-    valid: NDArray[np.bool_]
-    grid: Grid
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class Request:
         observed: modality name → layer; may be empty.
         targets: modalities to generate, jointly; none of the observed. Empty means all that were
             not observed.
-        samples: how many draws; sample k depends on (seed, k) and on nothing else that varies.
-        seed: 0 or more.
+        samples: how many draws; draw k depends on (seed, k), not on how many there are.
+        seed: 0 to 2^63 - 1.
         steps: sampling steps; 1 gives the posterior mean.
         grid: where to generate if nothing is observed; None otherwise.
     """
@@ -50,6 +47,29 @@ class Request:
     seed: int = 0
     steps: int = DEFAULT_STEPS
     grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request whose layers lie on one grid.
+
+    Attributes:
+        observed: modality name → values [bands, H, W] and valid [H, W], in the model's order.
+        valid: bool [H, W]; false where every observed layer lacks the pixel.
+    """
+
+    grid: Grid
+    observed: Mapping[str, tuple[NDArray[np.generic], NDArray[np.bool_]]]
+    valid: NDArray[np.bool_]
+    targets: tuple[str, ...]
+    samples: int
+    seed: int
+    steps: int
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Requests with equal keys may share a batch."""
+        return self.grid.shape, self.targets, self.steps
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,16 @@ class Result:
     valid: NDArray[np.bool_]
 
 
+def sample_seeds(seed: int, samples: int) -> list[int]:
+    """The sampler's seeds of a request's draws: a hash of (seed, k), so that no two requests with
+    different seeds share a draw.
+    """
+    return [
+        int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        for k in range(samples)
+    ]
+
+
 class Generator:
     """A bundle that answers requests.
 
@@ -74,21 +104,60 @@ class Generator:
         bundle: what training handed over.
         max_side_px: greatest height or width of any layer.
         max_samples: most samples of a request.
-        max_batch: most scenes that are sampled at once.
+        max_batch: most scenes of the training size that are sampled at once; larger scenes are
+            sampled fewer at a time, so that memory stays bounded.
     """
 
     def __init__(
         self, bundle: Bundle, *, max_side_px: int = 1024, max_samples: int = 16, max_batch: int = 8
     ) -> None:
-        raise NotImplementedError
+        self._model = bundle.model
+        self.manifest = bundle.manifest
+        self.modalities: Mapping[str, Modality] = {m.name: m for m in bundle.manifest.modalities}
+        self.max_side_px = max_side_px
+        self.max_samples = max_samples
+        self.max_batch = max_batch
+        self._device = next(bundle.model.parameters()).device
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request and bring its layers onto one grid; raises RequestError."""
-        raise NotImplementedError
+        """Check a request and bring its layers onto one grid.
 
-    def sample(self, prepared: Sequence[Prepared]) -> list[Result]:
-        """Answer checked requests; those of one shape, targets and steps share their batches."""
-        raise NotImplementedError
+        Raises:
+            RequestError: what is wrong with it; one of the subclasses where there is one.
+        """
+        self._check_numbers(request)
+        for name in (*request.observed, *request.targets):
+            self.modality(name)
+        # The model's order, not the caller's: the order of parts decides nothing.
+        layers = {n: request.observed[n] for n in self.modalities if n in request.observed}
+        for name, layer in layers.items():
+            self.check_side(name, layer.grid)
+            check_layer(self.modalities[name], layer)
+        grid = self._grid(request, layers)
+        observed = {
+            name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
+        }
+        known = [valid for _, valid in observed.values()] or [np.ones(grid.shape, np.bool_)]
+        return Prepared(
+            grid=grid,
+            observed=observed,
+            valid=np.logical_or.reduce(known),
+            targets=self._targets(request),
+            samples=request.samples,
+            seed=request.seed,
+            steps=request.steps,
+        )
+
+    def sample(self, requests: Sequence[Prepared]) -> list[Result]:
+        """Answer checked requests; those with equal `batch_key` share batches."""
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[request.batch_key].append(index)
+        results: dict[int, Result] = {}
+        for indices in groups.values():
+            group = [requests[i] for i in indices]
+            results.update(zip(indices, self._sample_group(group), strict=True))
+        return [results[i] for i in range(len(requests))]
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Answer each request, in order; none depends on the others.
@@ -98,11 +167,123 @@ class Generator:
         """
         return self.sample([self.prepare(request) for request in requests])
 
+    def modality(self, name: str) -> Modality:
+        """The model's modality of this name; raises UnknownModalityError if it has none."""
+        if name not in self.modalities:
+            raise UnknownModalityError(
+                "unknown modality", got=repr(name[:80]), allowed=", ".join(self.modalities)
+            )
+        return self.modalities[name]
 
-@dataclass(frozen=True)
-class Prepared:
-    """A checked request whose layers lie on one grid."""
+    def check_side(self, what: str, grid: Grid) -> None:
+        """Raise TooLargeError if a grid is longer than allowed on a side."""
+        if max(grid.shape) > self.max_side_px:
+            raise TooLargeError(
+                f"{what}: height x width in pixels",
+                got=f"{grid.height} x {grid.width}",
+                allowed=f"at most {self.max_side_px} a side",
+                remedy="send it in tiles",
+            )
 
-    request: Request
-    grid: Grid
-    valid: NDArray[np.bool_]
+    def _check_numbers(self, request: Request) -> None:
+        if not 1 <= request.steps <= MAX_STEPS:
+            raise RequestError("steps", got=request.steps, allowed=f"1 to {MAX_STEPS}")
+        if not 0 <= request.seed <= MAX_SEED:
+            raise RequestError("seed", got=request.seed, allowed=f"0 to {MAX_SEED}")
+        if not 1 <= request.samples <= self.max_samples:
+            raise RequestError("samples", got=request.samples, allowed=f"1 to {self.max_samples}")
+
+    def _targets(self, request: Request) -> tuple[str, ...]:
+        """The wanted modalities, in the model's order."""
+        observed = [name for name in request.targets if name in request.observed]
+        if observed or len(set(request.targets)) != len(request.targets):
+            raise RequestError(
+                "targets",
+                got=", ".join(request.targets),
+                allowed="each once, and none that is observed",
+                remedy=f"leave out {', '.join(observed)}" if observed else "name each once",
+            )
+        wanted = request.targets or tuple(n for n in self.modalities if n not in request.observed)
+        if not wanted:
+            raise RequestError(
+                "targets",
+                got="every modality is observed",
+                allowed="one or more that are not",
+                remedy="leave a layer out",
+            )
+        return tuple(name for name in self.modalities if name in wanted)
+
+    def _grid(self, request: Request, layers: Mapping[str, ObservedLayer]) -> Grid:
+        if layers and request.grid is not None:
+            raise RequestError(
+                "a grid beside observed layers",
+                remedy="leave out width, height, crs and transform: the finest layer says where",
+            )
+        grid = reference_grid(layers) if layers else request.grid
+        if grid is None:
+            raise RequestError(
+                "no layer and no grid",
+                remedy="send a GeoTIFF, or name the width and height to generate",
+            )
+        self.check_side("grid", grid)
+        if min(grid.shape) < MIN_SIDE_PX:
+            raise GeoreferenceError(
+                "grid: height x width in pixels",
+                got=f"{grid.height} x {grid.width}",
+                allowed=f"at least {MIN_SIDE_PX} a side",
+                remedy="send a larger piece",
+            )
+        return grid
+
+    def _sample_group(self, group: Sequence[Prepared]) -> list[Result]:
+        """Answer requests that share shape, targets and steps."""
+        items = [
+            (request, seed)
+            for request in group
+            for seed in sample_seeds(request.seed, request.samples)
+        ]
+        height, width = group[0].grid.shape
+        room = self.max_batch * self.manifest.patch_px**2 // (height * width)
+        size = max(1, min(self.max_batch, room))
+        parts = [self._sample_batch(items[i : i + size]) for i in range(0, len(items), size)]
+        results, start = [], 0
+        for request in group:
+            stop = start + request.samples
+            values = {
+                name: np.concatenate([part[name] for part in parts])[start:stop]
+                for name in request.targets
+            }
+            results.append(Result(request.grid, values, request.valid))
+            start = stop
+        return results
+
+    @torch.inference_mode()
+    def _sample_batch(
+        self, items: Sequence[tuple[Prepared, int]]
+    ) -> dict[str, NDArray[np.generic]]:
+        requests, seeds = [item[0] for item in items], [item[1] for item in items]
+        first = requests[0]
+        scene = self._scene(requests)
+        if scene.values:
+            x, mask = self._model.codec.encode(scene.to(self._device))
+        else:
+            x, mask = self._model.codec.empty(len(items), *first.grid.shape)
+        x = sample(self._model, x, mask, first.targets, seeds, first.steps)
+        decoded = self._model.codec.decode(x, first.targets)
+        return {
+            name: value.cpu().numpy().astype(self.modalities[name].dtype)
+            for name, value in decoded.items()
+        }
+
+    def _scene(self, requests: Sequence[Prepared]) -> Scene:
+        """What a batch observes; a request lacks what others observe by an empty mask."""
+        shape = requests[0].grid.shape
+        values, valid = {}, {}
+        for name, modality in self.modalities.items():
+            if not any(name in request.observed for request in requests):
+                continue
+            nothing = np.zeros((len(modality.bands), *shape), np.float32), np.zeros(shape, np.bool_)
+            layers = [request.observed.get(name, nothing) for request in requests]
+            values[name] = torch.from_numpy(np.stack([v.astype(np.float32) for v, _ in layers]))
+            valid[name] = torch.from_numpy(np.stack([m for _, m in layers])[:, None])
+        return Scene(values, valid)

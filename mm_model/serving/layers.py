@@ -1,0 +1,172 @@
+"""Observed layers: is their unit what it should be, and onto which grid do they go?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_model.data import raster
+from mm_model.errors import GeoreferenceError, LayerError
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality, Quantity
+
+# A median says something about the unit only where enough pixels stand behind it.
+_MEDIAN_NEEDS_PIXELS = 256
+_EARTH_RADIUS_M = 6_371_000.0
+
+
+@dataclass(frozen=True)
+class ObservedLayer:
+    """One observed modality on a grid of its own.
+
+    Attributes:
+        values: [bands, H, W] in physical units, or class codes.
+        valid: bool [H, W]; what an invalid pixel holds means nothing.
+    """
+
+    values: NDArray[np.generic]
+    valid: NDArray[np.bool_]
+    grid: Grid
+
+
+def check_layer(modality: Modality, layer: ObservedLayer) -> None:
+    """Check bands, shape and, by range and median, the unit.
+
+    Raises:
+        LayerError: the layer does not hold what the modality is; it says what it looks like.
+    """
+    name = modality.name
+    expected = (len(modality.bands), *layer.grid.shape)
+    if layer.values.shape != expected or layer.valid.shape != layer.grid.shape:
+        raise LayerError(
+            f"layer {name}",
+            got=f"values {layer.values.shape}, mask {layer.valid.shape}",
+            allowed=f"values {expected} (bands {', '.join(modality.band_names)})",
+        )
+    if not layer.valid.any():
+        raise LayerError(
+            f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
+        )
+    for band, values in zip(modality.band_names, layer.values, strict=True):
+        known = values[layer.valid]
+        if modality.is_categorical:
+            _check_classes(modality, known)
+        else:
+            _check_range(modality, band, known.astype(np.float64))
+
+
+def _check_classes(modality: Modality, codes: NDArray[np.generic]) -> None:
+    unknown = np.setdiff1d(codes, modality.class_codes)
+    if unknown.size:
+        raise LayerError(
+            f"layer {modality.name}: class codes",
+            got=", ".join(map(str, unknown[:8].tolist())),
+            allowed=", ".join(map(str, modality.class_codes)),
+            remedy="map the classes to these codes; 0 means nodata",
+        )
+
+
+def _check_range(modality: Modality, band: str, known: NDArray[np.float64]) -> None:
+    low, high = modality.valid_range
+    least, most, median = float(known.min()), float(known.max()), float(np.median(known))
+    least_median, most_median = modality.quantity.traits.plausible_median
+    plausible = known.size < _MEDIAN_NEEDS_PIXELS or least_median <= median <= most_median
+    if low <= least and most <= high and plausible:
+        return
+    raise LayerError(
+        f"layer {modality.name}, band {band}: unit",
+        got=f"values from {least:.6g} to {most:.6g}, median {median:.6g}",
+        allowed=f"{low:g} to {high:g} {modality.unit}, median {least_median:g} to {most_median:g}",
+        remedy=_remedy(modality, least, most, median),
+    )
+
+
+def _remedy(modality: Modality, least: float, most: float, median: float) -> str:
+    """What the values look like, and how to make what they should be."""
+    low, high = modality.valid_range
+    if not np.isfinite([least, most]).all():
+        return "infinite values: write them as nodata"
+    match modality.quantity:
+        case Quantity.REFLECTANCE if median > modality.quantity.traits.plausible_median[1]:
+            return (
+                "looks like digital numbers: add the product's offset and divide by its scale "
+                "(10000 for Sentinel-2)"
+            )
+        case Quantity.REFLECTANCE if least < low and most <= high:
+            return "negative reflectance: clip it to 0, or write it as nodata"
+        case Quantity.BACKSCATTER if least >= 0 and most <= 100:
+            return "looks like linear power: convert it to dB by 10*log10(power)"
+        case Quantity.BACKSCATTER if least >= 0:
+            return "looks like digital numbers: calibrate it to backscatter, then to dB"
+        case Quantity.TEMPERATURE if least >= -100 and most <= 100:
+            return "looks like degrees Celsius: add 273.15"
+        case Quantity.ELEVATION if least < low:
+            return "looks like a fill value: declare it as the file's nodata"
+    return f"write what lies outside as nodata, or convert it to {modality.unit}"
+
+
+def reference_grid(layers: Mapping[str, ObservedLayer]) -> Grid:
+    """The grid of the layer with the fewest metres a pixel; of equals (within 1 %), the first.
+
+    Raises:
+        GeoreferenceError: layers differ in grid and one of them says not where it lies.
+    """
+    grids = {name: layer.grid for name, layer in layers.items()}
+    first = next(iter(grids.values()))
+    if all(grid == first for grid in grids.values()):
+        return first
+    for name, grid in grids.items():
+        if not grid.crs:
+            raise GeoreferenceError(
+                f"layer {name} has no reference system, and its grid differs from another layer's",
+                allowed="a CRS in each layer, or one grid for all",
+                remedy="write the CRS into the file, as gdal_edit -a_srs does",
+            )
+    sizes = [(_metres_per_pixel(grid), grid) for grid in grids.values()]
+    finest = min(size for size, _ in sizes)
+    # Two zones of one projection differ by less than this in what "10 m" is on the ground.
+    return next(grid for size, grid in sizes if size <= 1.01 * finest)
+
+
+def _metres_per_pixel(grid: Grid) -> float:
+    """Side on the ground of a square as large as a pixel in the middle of the grid."""
+    row, col = grid.height / 2, grid.width / 2
+    corners = [grid.xy(row, col), grid.xy(row, col + 1), grid.xy(row + 1, col)]
+    lonlat = np.radians(raster.to_lonlat(grid.crs, *zip(*corners, strict=True)))
+    (right_x, right_y), (down_x, down_y) = lonlat[1:] - lonlat[0]
+    area = abs(right_x * down_y - right_y * down_x) * np.cos(lonlat[0, 1])
+    return float(_EARTH_RADIUS_M * np.sqrt(area))
+
+
+def onto(
+    grid: Grid, name: str, layer: ObservedLayer, modality: Modality
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """A layer's values [bands, H, W] and mask [H, W] on another grid.
+
+    Raises:
+        GeoreferenceError: the layer has no valid pixel there.
+    """
+    if layer.grid == grid:
+        return layer.values, layer.valid
+    values, valid = raster.warp(
+        layer.values, layer.valid, layer.grid, grid, categorical=modality.is_categorical
+    )
+    if not valid.any():
+        raise GeoreferenceError(
+            f"layer {name} does not overlap the finest layer",
+            got=f"bounds {_rounded(layer.grid)} in {_short(layer.grid.crs)}",
+            allowed=f"valid pixels within {_rounded(grid)} in {_short(grid.crs)}",
+            remedy="give layers of one place",
+        )
+    return values, valid
+
+
+def _rounded(grid: Grid) -> str:
+    return "(" + ", ".join(f"{value:.10g}" for value in grid.bounds) + ")"
+
+
+def _short(crs: str) -> str:
+    return crs if len(crs) < 32 else crs[:28] + " ..."

@@ -1,0 +1,207 @@
+"""A form from anybody to a request: headers are checked before pixels are decoded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mm_model.api import DEFAULT_STEPS
+from mm_model.data import raster
+from mm_model.errors import (
+    LayerError,
+    MediaTypeError,
+    RasterError,
+    RequestError,
+    TooLargeError,
+    UnknownModalityError,
+)
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality
+from mm_model.serving.generator import Generator, Request
+from mm_model.serving.layers import ObservedLayer
+
+FIELDS: Mapping[str, str] = {
+    "target": "modality to generate; repeat it for several; all that are not observed by default",
+    "samples": "number of draws; 1 by default",
+    "seed": "whole number from which every draw follows; 0 by default",
+    "steps": f"sampling steps; {DEFAULT_STEPS} by default",
+    "width": "columns to generate, where nothing is observed",
+    "height": "rows to generate, where nothing is observed",
+    "crs": "EPSG:<code> or WKT of what is generated, where nothing is observed",
+    "transform": "a,b,c,d,e,f: x = a*col + b*row + c, y = d*col + e*row + f; goes with crs",
+}
+"""The form fields, and what they mean."""
+
+# Classic TIFF and BigTIFF in both byte orders.
+_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# GDAL would take other texts for names of files and addresses to read a CRS from.
+_CRS = re.compile(r"(EPSG:\d{1,7}|[A-Z_]{3,20}\[.*\])", re.DOTALL)
+_NOWHERE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a multipart form: text of a field, or bytes of a file."""
+
+    name: str
+    content: str | bytes
+
+
+def read_request(parts: Sequence[Part], generator: Generator) -> Request:
+    """The request that a form makes.
+
+    Raises:
+        RequestError: a part is unknown, twice there, malformed or no GeoTIFF of its modality.
+    """
+    _check_names(parts, generator)
+    texts = {p.name: p.content for p in parts if isinstance(p.content, str)}
+    observed = {
+        p.name: read_layer(p.content, generator.modality(p.name), generator)
+        for p in parts
+        if isinstance(p.content, bytes)
+    }
+    return Request(
+        observed=observed,
+        targets=tuple(str(p.content) for p in parts if p.name == "target"),
+        samples=_integer(texts, "samples", 1),
+        seed=_integer(texts, "seed", 0),
+        steps=_integer(texts, "steps", DEFAULT_STEPS),
+        grid=_grid(texts),
+    )
+
+
+def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
+    """Decode a GeoTIFF of a modality, once its header says that it can be one.
+
+    Bands go by their names if the file names them as the modality does, else by their order. A
+    declared scale and offset are applied.
+
+    Raises:
+        MediaTypeError: it is no GeoTIFF, or cannot be read whole.
+        TooLargeError: it declares more pixels than are allowed.
+        LayerError: it has other bands or another type of pixels.
+    """
+    part = f"part {modality.name}"
+    if not content.startswith(_SIGNATURES):
+        raise MediaTypeError(
+            part,
+            got="nothing" if not content else f"{len(content)} bytes that are not a TIFF",
+            allowed="a GeoTIFF file",
+            remedy="convert it with gdal_translate -of GTiff",
+        )
+    try:
+        header = raster.read_header(content, part)
+        _check_header(header, modality, part, generator)
+        names = header.band_names
+        by_name = sorted(names) == sorted(modality.band_names)
+        found = raster.read_raster(content, part, bands=modality.band_names if by_name else None)
+    except RasterError as error:
+        raise MediaTypeError(
+            error.what, got=error.got, allowed=error.allowed, remedy="send the whole file again"
+        ) from error
+    values = found.values
+    scales, offsets = np.array(header.scales), np.array(header.offsets)
+    if (scales != 1).any() or (offsets != 0).any():
+        order = [names.index(n) for n in modality.band_names] if by_name else slice(None)
+        values = values * scales[order][:, None, None] + offsets[order][:, None, None]
+    valid = found.valid
+    if modality.is_categorical:
+        valid = valid & (values != modality.nodata).all(axis=0)
+    return ObservedLayer(values, valid, header.grid)
+
+
+def _check_header(
+    header: raster.RasterHeader, modality: Modality, part: str, generator: Generator
+) -> None:
+    generator.check_side(part, header.grid)
+    if header.bands != len(modality.bands):
+        raise LayerError(
+            f"{part}: bands",
+            got=header.bands,
+            allowed=f"{len(modality.bands)} ({', '.join(modality.band_names)})",
+            remedy="select them with gdal_translate -b",
+        )
+    kinds = "iu" if modality.is_categorical else "iuf"
+    if np.dtype(header.dtype).kind not in kinds:
+        raise LayerError(
+            f"{part}: pixel type",
+            got=header.dtype,
+            allowed="integers" if modality.is_categorical else "real integers or floats",
+            remedy="convert it with gdal_translate -ot",
+        )
+    # A block is decoded whole, however small the image that it belongs to.
+    longest = max(header.block_shape)
+    if longest > max(4 * generator.max_side_px, 4096):
+        raise TooLargeError(
+            f"{part}: side of a block in pixels",
+            got=longest,
+            allowed=max(4 * generator.max_side_px, 4096),
+            remedy="write it anew with blocks of 256 pixels",
+        )
+
+
+def _check_names(parts: Sequence[Part], generator: Generator) -> None:
+    seen = set()
+    for part in parts:
+        is_file, shown = isinstance(part.content, bytes), part.name[:80]
+        if part.name in FIELDS and is_file:
+            raise RequestError(f"field {shown}", got="a file", allowed="text")
+        if part.name not in FIELDS and not is_file:
+            if part.name in generator.modalities:
+                raise RequestError(
+                    f"part {shown}",
+                    got="text",
+                    allowed="a GeoTIFF file",
+                    remedy=f"send it as a file: curl -F {shown}=@{shown}.tif",
+                )
+            raise RequestError(f"unknown form field {shown!r}", allowed=", ".join(FIELDS))
+        if is_file and part.name not in generator.modalities:
+            raise UnknownModalityError(
+                f"part {shown!r}: unknown modality", allowed=", ".join(generator.modalities)
+            )
+        if part.name in seen and part.name != "target":
+            raise RequestError(f"part {shown} is there twice", allowed="once")
+        seen.add(part.name)
+
+
+def _integer(texts: Mapping[str, str], name: str, default: int) -> int:
+    text = texts.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"-?\d{1,20}", text, re.ASCII):
+        raise RequestError(f"field {name}", got=repr(text[:40]), allowed="a whole number")
+    return int(text)
+
+
+def _grid(texts: Mapping[str, str]) -> Grid | None:
+    """The grid that the fields name, or None if they name none."""
+    named = [n for n in ("width", "height", "crs", "transform") if n in texts]
+    if not named:
+        return None
+    if not {"width", "height"} <= set(named) or ("crs" in texts) != ("transform" in texts):
+        raise RequestError(
+            "grid to generate",
+            got=", ".join(named),
+            allowed="width and height; crs and transform both or neither",
+        )
+    height, width = _integer(texts, "height", 0), _integer(texts, "width", 0)
+    crs = texts.get("crs", "")
+    if "crs" in texts:
+        if not _CRS.fullmatch(crs):
+            raise RequestError("field crs", got=repr(crs[:80]), allowed="EPSG:<code> or WKT")
+        raster.is_metric(crs)  # raises GeoreferenceError if there is no such system
+    return Grid(crs, _transform(texts["transform"]) if crs else _NOWHERE, height, width)
+
+
+def _transform(text: str) -> tuple[float, float, float, float, float, float]:
+    try:
+        a, b, c, d, e, f = (float(number) for number in text.split(","))
+    except ValueError:
+        a = b = c = d = e = f = math.nan
+    if not all(map(math.isfinite, (a, b, c, d, e, f))):
+        raise RequestError("field transform", got=repr(text[:120]), allowed="a,b,c,d,e,f: numbers")
+    return a, b, c, d, e, f
