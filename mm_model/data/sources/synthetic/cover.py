@@ -115,8 +115,8 @@ def ground(seed: int, frame: Frame, land: Terrain) -> Ground:
     roof, height, block = _towns(seed, frame, cover, region, (u, v), temperate * flat, land, grain)
     parcel = np.where(block == 0, field, block)
     _roads(seed, frame, cover, region, fertile * flat, land)
-    _forest = (cover == Cover.BROADLEAF) | (cover == Cover.CONIFER) | (cover == Cover.MANGROVE)
-    height = np.where(_forest, 8 + 9 * grain, height)
+    forest = (cover == Cover.BROADLEAF) | (cover == Cover.CONIFER) | (cover == Cover.MANGROVE)
+    height = np.where(forest, 9 + 5 * grain, height)
     height = np.where(cover == Cover.PAVED, np.float32(0), height)
     return Ground(cover, parcel, roof, height.astype(np.float32), grain, lush, rows)
 
@@ -141,15 +141,15 @@ def _nature(
     cover = np.full(frame.shape, np.uint8(Cover.GRASS))
     cover[trees > -0.55] = Cover.SHRUB
     cover[trees > -0.33] = Cover.GRASS
-    cover[(lush < 0.45) & (patchy + jitter > -0.1) & (t > 6)] = Cover.SHRUB
+    cover[(lush < 0.47) & (patchy + jitter > -0.2) & (t > 6)] = Cover.SHRUB
     cover = np.where(trees > 0, wood, cover)
-    moss = (t < 1.0 + 1.2 * patchy) & (trees <= 0)
+    moss = (t < 0.2 + 1.2 * patchy) & (trees <= 0)
     cover[moss] = Cover.MOSS
     cover[barren > 0] = Cover.BARE
     cover[(land.shore_m < 2.2 + patchy) & (land.elevation < 5) & (slope < 0.12)] = Cover.BARE
-    swamp = (land.shore_m < 1.6 + 1.1 * patchy) & (land.moisture > 0.5) & (slope < 0.1)
+    swamp = (land.shore_m < 2.1 + 1.5 * patchy) & (land.moisture > 0.5) & (slope < 0.1)
     cover[swamp & (trees < 0.8)] = Cover.WETLAND
-    tidal = (land.elevation < 3.5 + 2.5 * patchy) & (t > 17) & (land.moisture > 0.4)
+    tidal = (land.elevation < 5 + 3 * patchy) & (t > 15) & (land.moisture > 0.4)
     cover[tidal] = Cover.MANGROVE
     cover[t + 1.5 * patchy < -8.5] = Cover.ICE
     cover[land.water] = Cover.WATER
@@ -167,7 +167,7 @@ def _fields(
     land: Terrain,
 ) -> tuple[U32, F32]:
     """Turn fertile land into parcels, in place; their hashes and the direction of work."""
-    size = 60 + 190 * unit(region.id, 5) ** 2
+    size = 75 + 190 * unit(region.id, 5) ** 2
     shape = 1.0 + 2.2 * unit(region.id, 6)
     pivots = (unit(region.id, 7) < 0.6) & (land.moisture < 0.45)
     size = np.where(pivots, np.float32(430), size)
@@ -185,7 +185,7 @@ def _fields(
     meadow = farmed & ~dry & (use >= 0.66) & (use < 0.9)
     cover[meadow] = Cover.GRASS
     cover[cropped] = Cover.CROP
-    hedge = farmed & (parcels.edge_m < 7) & (unit(region.id, 10) < 0.4) & ~dry
+    hedge = farmed & (parcels.edge_m < 7) & (unit(region.id, 10) < 0.35) & (size > 110) & ~dry
     cover[hedge] = np.where(
         (unit(parcels.id, 11) < 0.6)[hedge], np.uint8(Cover.BROADLEAF), np.uint8(Cover.GRASS)
     )
@@ -209,6 +209,7 @@ def _towns(
     crowd = noise(key(seed, 30), frame, 9000) + 0.8 * noise(key(seed, 31), frame, 2600)
     crowd += 0.16 * fractal(key(seed, 32), frame, 600, 3)
     hamlet = (unit(region.id, 12) < 0.3) * np.exp(-np.hypot(region.dx, region.dy) / 150)
+    hamlet *= 1 + 0.5 * noise(key(seed, 36), frame, 140)
     density = crowd - 1.15 + 1.7 * hamlet - 2.5 * (1 - livable)
     town = (density > 0) & (cover != Cover.WATER) & (cover != Cover.ICE)
     shape = frame.shape

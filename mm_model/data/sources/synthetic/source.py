@@ -120,9 +120,9 @@ class SyntheticSource:
     def read(self, unit: Unit) -> Iterator[Patch]:
         """The patches of a place, row by row; the place is rendered once, as a whole."""
         place = self._places[unit.unit_id]
-        layers = self._with_gaps(place, render(
-            self._config.seed, place.grid, place.modalities, place.when
-        ))
+        layers = self._with_gaps(
+            place, render(self._config.seed, place.grid, place.modalities, place.when)
+        )
         size = self._patch_px
         for row, col in place.grid.subdivide(size):
             window = slice(row, row + size), slice(col, col + size)
@@ -151,9 +151,7 @@ class SyntheticSource:
             rng.permutation(config.places)[: round(config.complete_share * config.places)].tolist()
         )
         count = len(self._modalities)
-        subsets = [
-            s for k in range(2, count) for s in itertools.combinations(self._modalities, k)
-        ]
+        subsets = [s for k in range(2, count) for s in itertools.combinations(self._modalities, k)]
         # Every subset equally often, so that every pair of modalities occurs together.
         order = rng.permutation(len(subsets))
         side = self._patch_px * round(config.patches_per_place**0.5)

@@ -57,18 +57,20 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     def field(salt: int, wavelength_km: float) -> F32:
         return noise(key(seed, salt), frame, wavelength_km * 1000)
 
-    plateau = 150 + 130 * field(1, 70) + 45 * field(2, 18) + 12 * field(3, 5)
+    plateau = 165 + 125 * field(1, 70) + 45 * field(2, 18) + 12 * field(3, 5)
     ruggedness = 0.75 * field(4, 45) + 0.5 * field(5, 13)
-    relief = 14 + 30 * np.exp(np.clip(1.1 * ruggedness, -3, 2.1)).astype(np.float32)
+    relief = 14 + 42 * np.exp(np.clip(1.05 * ruggedness, -3, 1.9)).astype(np.float32)
     moisture = 0.55 + 0.2 * field(6, 60) + 0.11 * field(7, 11)
 
-    course = fractal(key(seed, 8), frame, 3600, 6, 0.45)
+    course = fractal(key(seed, 8), frame, 3000, 6, 0.45)
     river_m = np.abs(course) / (np.hypot(*gradient(course, gsd)) + np.float32(2e-4))
     height = course * course
     height /= height + np.float32(0.3)  # flat valley floors, then slopes
-    detail = fractal(key(seed, 9), frame, 1100, 5, 0.5)
-    ridges = 0.8 - np.abs(noise(key(seed, 10), frame, 900))
-    elevation = height * (1.0 + 0.25 * ridges + 0.22 * detail) + 0.03 * detail
+    detail = fractal(key(seed, 9), frame, 1300, 6, 0.52)
+    # Gullies: a crease wherever a field crosses zero, as running water cuts them.
+    gullies = np.abs(noise(key(seed, 10), frame, 1000))
+    gullies += 0.5 * np.abs(noise(key(seed, 16), frame, 420))
+    elevation = height * (0.55 + 0.45 * gullies + 0.25 * detail) + 0.05 * detail
     elevation *= relief
 
     basin = fractal(key(seed, 11), frame, 2400, 5, 0.5)
@@ -76,7 +78,7 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     hollow = basin - (2.5 - 0.85 * wet - 0.35 * field(12, 25)) - height * relief / 70
     elevation -= 30 * np.clip(hollow + 0.15, 0, None)
 
-    width = (26 + 20 * field(13, 22)) * (0.25 + wet)
+    width = (34 + 22 * field(13, 22)) * (0.25 + wet)
     river = (river_m < 0.5 * width) & (width > 9)
     level = np.maximum(plateau, 0)
     above = elevation + np.minimum(plateau, 0)
@@ -88,7 +90,7 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     )
     surface = (level + above).astype(np.float32)
     east, north = gradient(surface, gsd)
-    climate = 12 + 9 * field(14, 80) + 3 * field(15, 17) - _LAPSE_K_PER_M * 1.6 * surface
+    climate = 15 + 7.5 * field(14, 80) + 3 * field(15, 17) - _LAPSE_K_PER_M * 1.6 * surface
     return Terrain(
         elevation=surface,
         east=east,
