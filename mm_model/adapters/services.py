@@ -107,7 +107,7 @@ def _worker_answers() -> bool:
 SERVICES = (
     Service("mlflow", ("mlflow",), lambda: _ok("mlflow", "/health")),
     Service("prefect", ("prefect",), lambda: _ok("prefect", "/api/health")),
-    Service("ray", ("ray_dashboard", "ray"), _ray_answers),
+    Service("ray", ("ray_dashboard", "ray", "ray_client"), _ray_answers),
     Service("prefect-worker", (), _worker_answers, needs=("prefect",)),
     Service(
         "endpoint", ("endpoint",), lambda: _ok("endpoint", "/healthz"), needs=("mlflow", "ray")
