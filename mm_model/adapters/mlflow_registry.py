@@ -8,6 +8,7 @@ alias `previous-champion` is what `rollback` returns to.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -124,8 +125,9 @@ def register(
         where = {"run_id": run_id} if run_id else {"experiment_id": experiment.experiment_id}
         with mlflow.start_run(**where) as run:
             mlflow.log_artifacts(str(reports_dir), "reports")
-            figures = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-            mlflow.log_metrics({f"test_{name}": float(v) for name, v in figures.items()})
+            figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | None)}
+            known = {f"test_{k}": float(v) for k, v in figures.items() if v is not None}
+            mlflow.log_metrics(known)
             example = mlflow_pyfunc.input_example(reports_dir / "example.json")
             logged = mlflow.pyfunc.log_model(
                 name="bundle",
@@ -142,14 +144,14 @@ def register(
                 "weights_sha256": bundle.manifest.weights_sha256,
                 "held_out": str(metrics["held_out"]),
                 "run_id": run.info.run_id,
-                **{_FIGURE + name: f"{value:.6g}" for name, value in figures.items()},
+                **{_FIGURE + k: "nan" if v is None else f"{v:.6g}" for k, v in figures.items()},
             }
             created = client.create_model_version(
                 config.model,
                 logged.model_uri,
                 run.info.run_id,
                 tags=tags,
-                description=model_card(bundle.manifest, metrics, lineage),
+                description=model_card(bundle.manifest, bundle.model.modalities, metrics, lineage),
                 model_id=logged.model_id,
             )
     return int(created.version)
@@ -322,6 +324,7 @@ Check = tuple[bool, str]
 
 
 def _figure(tags: Mapping[str, str], name: str) -> float | None:
+    """A summary figure; None if the model has no modality that it could be of."""
     text = tags.get(_FIGURE + name)
     return None if text is None else float(text)
 
@@ -333,9 +336,9 @@ def _thresholds(tags: Mapping[str, str], config: GateConfig) -> list[Check]:
         ("mean_miou", config.min_mean_miou),
     ):
         value = _figure(tags, name)
-        ok = value is not None and value >= least
-        got = "unknown" if value is None else f"{value:.4g}"
-        checks.append((ok, f"{name} {got}, at least {least:g} wanted"))
+        if value is not None:
+            # What no held-out patch could tell is NaN, and is not enough.
+            checks.append((value >= least, f"{name} {value:.4g}, at least {least:g} wanted"))
     return checks
 
 
@@ -349,7 +352,8 @@ def _comparison(
     """The candidate's figures beside the champion's, on the same held-out patches."""
     held_out = candidate.tags["held_out"]
     if current.tags.get("held_out") == held_out:
-        figures = {k: _figure(current.tags, k) for k in ("mean_psnr_db", "mean_miou")}
+        tagged = {k: _figure(current.tags, k) for k in ("mean_psnr_db", "mean_miou")}
+        figures = {k: v for k, v in tagged.items() if v is not None}
     else:
         with TemporaryDirectory() as folder:
             measured = evaluate_champion(fetch_bundle(model, current.version, Path(folder)))
@@ -360,19 +364,16 @@ def _comparison(
                 allowed=held_out,
                 remedy="evaluate the candidate again",
             )
-        figures = {k: measured.get(k) for k in ("mean_psnr_db", "mean_miou")}
+        figures = {k: measured[k] for k in ("mean_psnr_db", "mean_miou") if k in measured}
     checks = []
     for name, drop in (
         ("mean_psnr_db", config.max_psnr_drop_db),
         ("mean_miou", config.max_miou_drop),
     ):
-        mine, theirs = _figure(candidate.tags, name), figures[name]
-        if theirs is None:
-            continue
-        ok = mine is not None and mine >= theirs - drop
-        got = "unknown" if mine is None else f"{mine:.4g}"
-        text = f"{name} {got}, champion version {current.version} {theirs:.4g}, drop of {drop:g}"
-        checks.append((ok, f"{text} allowed"))
+        mine, theirs = _figure(candidate.tags, name), figures.get(name)
+        if mine is not None and theirs is not None and not math.isnan(theirs):
+            text = f"{name} {mine:.4g}, champion (version {current.version}) {theirs:.4g}"
+            checks.append((mine >= theirs - drop, f"{text}, a drop of {drop:g} allowed"))
     return checks
 
 

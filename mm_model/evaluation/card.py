@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_model.bundle import Manifest
+from mm_model.evaluation.report import table
+from mm_model.modalities import Modality
+
+_INTENDED = """\
+Fills in modalities that are missing at a place, from any subset of those that are there, and makes
+consistent sets of all of them from nothing; for research on generation and data fusion, for
+pre-training, and for tests of processing chains. What it returns is *generated*: a plausible
+picture, not a measurement. Not for decisions about people or property, for mapping of record,
+navigation, damage assessment, or as evidence of what was on the ground."""
+
+_LIMITS = """\
+- Where the observed modalities do not determine the target (radar does not know the season) each
+  sample is one of several possible answers: ask for more than one.
+- Small structures (roads, houses, field borders) are hinted at, not drawn.
+- Sets of modalities that never occurred together in training are decoded one at a time.
+- Another ground sampling distance, sensor, or landscape than those trained on is extrapolation.
+- Figures hold for the held-out places named here and for no others."""
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, Any], lineage: Mapping[str, str]) -> str:
-    """The card of one bundle."""
-    raise NotImplementedError
+def model_card(
+    manifest: Manifest,
+    modalities: Sequence[Modality],
+    metrics: Mapping[str, Any],
+    lineage: Mapping[str, str],
+) -> str:
+    """The card of one bundle.
+
+    Args:
+        manifest: of the bundle.
+        modalities: of its model.
+        metrics: the content of metrics.json.
+        lineage: where it comes from, as version tags.
+    """
+    statistics = manifest.statistics
+    bands = [
+        f"- `{m.name}`: {m.title} ({', '.join(m.band_names)}; "
+        f"{f'{len(m.classes)} classes' if m.is_categorical else _unit(m)})"
+        for m in modalities
+    ]
+    licences = manifest.provenance.get("licences") or [
+        "synthetic data carry none; licences of real rasters are listed in the data's manifest"
+    ]
+    origin = [f"- {key}: `{value}`" for key, value in sorted(lineage.items())]
+    sections = {
+        "What": "Any subset of these modalities in, every other one out:\n\n" + "\n".join(bands),
+        "Trained on": f"{statistics['patches']} patches of {statistics['places']} places at "
+        f"{manifest.gsd_m:g} m, source `{lineage.get('data_source', 'unknown')}`.",
+        "Data licences": "\n".join(f"- {licence}" for licence in licences),
+        "Figures": table(metrics),
+        "Intended use": _INTENDED,
+        "Limits": _LIMITS,
+        "Origin": "\n".join([f"- bundle: `{manifest.bundle_id}`", *origin]),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _unit(modality: Modality) -> str:
+    return "no unit" if modality.unit == "1" else modality.unit

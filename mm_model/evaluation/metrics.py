@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mm_model.modalities import Modality
 
-Values = NDArray[np.floating]
+Values = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 # Wang et al. 2004: a Gaussian window of 11 pixels, standard deviation 1.5, and the two constants.
