@@ -57,6 +57,11 @@ def ray_address() -> str:
     return os.environ.get("RAY_ADDRESS", f"127.0.0.1:{port('ray')}")
 
 
+def endpoint_host() -> str:
+    """The address that the endpoint listens on: MM_ENDPOINT_HOST, or this machine alone."""
+    return os.environ.get("MM_ENDPOINT_HOST", "127.0.0.1")
+
+
 def endpoint_url() -> str:
     return os.environ.get("MM_ENDPOINT_URL", f"http://127.0.0.1:{port('endpoint')}")
 

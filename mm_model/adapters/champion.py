@@ -1,0 +1,170 @@
+"""Follows the alias `champion`: polls MLflow, loads in the background, swaps one reference.
+
+The one who serves goes on with what it has until a new version has been loaded and has answered. A
+version that cannot be loaded, or whose gate did not pass, changes nothing but the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mm_model.adapters import mlflow_registry
+from mm_model.adapters.mlflow_registry import Champion
+from mm_model.api import ModelIdentity, Refusal
+from mm_model.data.files import write_atomically
+from mm_model.errors import GateError, MMError, RegistryError
+from mm_model.serving.batching import Served
+from mm_model.serving.generator import Generator
+
+_LOG = logging.getLogger("ray.serve")
+_LAST_GOOD = "last-good.json"
+_KEPT_VERSIONS = 3
+
+
+class ChampionFollower:
+    """A `ModelSource` that serves what the alias names, or the last version that could be loaded.
+
+    Args:
+        model: the registered model's name.
+        cache: folder for bundles; a restart without MLflow serves from here.
+        load: makes a generator of a bundle's folder, and has it answer once; whatever it raises
+            refuses the version.
+    """
+
+    def __init__(self, model: str, cache: Path, load: Callable[[Path], Generator]) -> None:
+        self._model = model
+        self._cache = cache
+        self._load = load
+        self._served: Served | None = None
+        self._refused: dict[str, str] = {}
+        self._settled: tuple[str, str | None] | None = None  # version and verdict already judged
+        self._registry_error: str | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def served(self) -> Served | None:
+        return self._served
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        refused = dict(self._refused)
+        return tuple(Refusal(version=v, reason=r) for v, r in refused.items())
+
+    @property
+    def registry_error(self) -> str | None:
+        return self._registry_error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the alias is being followed."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, poll_s: float) -> None:
+        """Poll for ever, in a thread that ends with the process."""
+
+        def follow() -> None:
+            while True:
+                self.poll()
+                pause.wait(poll_s)
+
+        pause = threading.Event()
+        self._thread = threading.Thread(target=follow, name="champion", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Look at the alias once, and follow it if it moved; never raises."""
+        try:
+            champion = mlflow_registry.champion(self._model)
+        except Exception as error:  # MLflow away, in whatever way: serve what there is
+            self._registry_error = str(error)
+            if self._served is None:
+                self._serve_last_good()
+            return
+        self._registry_error = None
+        if champion is None:
+            return
+        key = str(champion.version), champion.tags.get(mlflow_registry.VERDICT)
+        serves_it = self._served is not None and self._served.identity.version == key[0]
+        if serves_it or key == self._settled:
+            self._settled = key
+            return
+        try:
+            self._take_up(champion)
+        except RegistryError as error:
+            # The next poll tries again: the registry may have gone away in between.
+            self._refuse(key[0], error)
+        except Exception as error:  # a broken bundle can break in any way
+            self._refuse(key[0], error)
+            self._settled = key
+        else:
+            self._refused.pop(key[0], None)
+            self._settled = key
+
+    def _take_up(self, champion: Champion) -> None:
+        tags = champion.tags
+        if tags.get(mlflow_registry.VERDICT) != mlflow_registry.PASSED:
+            raise GateError(
+                "its gate did not pass",
+                got=tags.get(mlflow_registry.REASONS, "no verdict"),
+                remedy="move the alias to a version that passed",
+            )
+        version = str(champion.version)
+        identity = ModelIdentity(name=self._model, version=version, run_id=champion.run_id)
+        try:
+            generator = self._load(self._fetch(champion.version))
+        except MMError:
+            # What lies in the cache may be damaged: once more from the registry.
+            shutil.rmtree(self._cache / version, ignore_errors=True)
+            generator = self._load(self._fetch(champion.version))
+        self._served = Served(generator, identity)
+        _LOG.info("serving %s version %s", self._model, version)
+        write_atomically(self._cache / _LAST_GOOD, identity.model_dump_json().encode())
+        self._prune()
+
+    def _fetch(self, version: int) -> Path:
+        """The bundle's folder in the cache; replicas of one machine share it."""
+        final = self._cache / str(version)
+        if not final.exists():
+            fresh = self._cache / f".{version}-{uuid.uuid4().hex}"
+            fresh.mkdir(parents=True)
+            try:
+                mlflow_registry.fetch_bundle(self._model, version, fresh / "bundle").rename(
+                    fresh / "whole"
+                )
+                try:
+                    (fresh / "whole").rename(final)
+                except OSError:
+                    if not final.exists():
+                        raise
+                    # Another replica was faster, with the same bytes.
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+        return final
+
+    def _serve_last_good(self) -> None:
+        try:
+            record = (self._cache / _LAST_GOOD).read_bytes()
+            identity = ModelIdentity.model_validate_json(record)
+            self._served = Served(self._load(self._cache / identity.version), identity)
+            _LOG.warning("MLflow is away: serving the last good version %s", identity.version)
+        except (OSError, ValidationError, MMError) as error:
+            _LOG.warning("MLflow is away, and there is no last good version: %s", error)
+
+    def _refuse(self, version: str, error: Exception) -> None:
+        reason = str(error) if isinstance(error, MMError) else repr(error)
+        if self._refused.get(version) != reason:
+            _LOG.error("refused %s version %s: %s", self._model, version, reason)
+        self._refused[version] = reason
+
+    def _prune(self) -> None:
+        versions = [p for p in self._cache.iterdir() if p.is_dir() and p.name.isdecimal()]
+        for old in sorted(versions, key=lambda p: p.stat().st_mtime)[:-_KEPT_VERSIONS]:
+            if self._served is None or old.name != self._served.identity.version:
+                shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,236 @@
+"""The endpoint on Ray Serve: one application a registered model, following its champion.
+
+HTTP and model live in one deployment: a request goes from Serve's proxy straight to a replica that
+reads, batches and samples it. Several applications live side by side under their route prefixes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from mm_model import __version__
+from mm_model.adapters import environment
+from mm_model.adapters.champion import ChampionFollower
+from mm_model.bundle import load_bundle
+from mm_model.config import ServeConfig, load_params, parse
+from mm_model.errors import MMError, ServiceError
+from mm_model.geo.grid import Grid
+from mm_model.serving.app import build_app
+from mm_model.serving.generator import Generator, Request
+
+# A share of a logical CPU: replicas stand beside training on small machines, and are mostly idle.
+_REPLICA_CPUS = 0.25
+# Health and readiness are answered beside what is queued.
+_OTHER_REQUESTS = 64
+_HEALTH_TIMEOUT_S = 25.0
+_RAY_START_S = 180.0
+_WATCH_S = 5.0
+
+
+@serve.ingress()
+class Endpoint:
+    """A replica: the HTTP interface over the champion of one registered model."""
+
+    def __init__(self, config: dict[str, Any], model: str) -> None:
+        environment.enter()
+        self._config = parse(ServeConfig, config, "serve configuration")
+        # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self._config.replicas))
+        cache = environment.state_dir() / "serving" / model
+        cache.mkdir(parents=True, exist_ok=True)
+        self._champion = ChampionFollower(model, cache, self._load)
+        self._champion.start(self._config.alias_poll_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._champion, self._config)
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica whose health check raises."""
+        if not self._champion.alive:
+            raise RuntimeError("the alias is no longer followed")
+        served = self._champion.served
+        if served is not None:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                await asyncio.to_thread(_probe, served.generator)
+
+    def _load(self, folder: Path) -> Generator:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = Generator(
+            load_bundle(folder, device),
+            max_side_px=self._config.max_side_px,
+            max_samples=self._config.max_samples,
+            max_batch=self._config.max_batch,
+        )
+        _probe(generator)
+        return generator
+
+
+def _probe(generator: Generator) -> None:
+    """The smallest answer that runs through all of the model."""
+    side = generator.manifest.patch_px
+    grid = Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), side, side)
+    generator.generate([Request(grid=grid, steps=1)])
+
+
+def application(config: ServeConfig, model: str) -> serve.Application:
+    """The Serve application of a registered model."""
+    deployment = serve.deployment(
+        Endpoint,
+        name="endpoint",
+        num_replicas=config.replicas,
+        ray_actor_options={
+            "num_cpus": _REPLICA_CPUS,
+            "runtime_env": {"env_vars": environment.service_environment()},
+        },
+        # The application itself bounds its queue, and answers with a problem; this is the second
+        # line, for what the proxy holds.
+        max_ongoing_requests=config.max_queued + _OTHER_REQUESTS,
+        max_queued_requests=config.max_queued + _OTHER_REQUESTS,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        health_check_timeout_s=_HEALTH_TIMEOUT_S + 5,
+        graceful_shutdown_timeout_s=config.deadline_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,  # the new replica is ready before the old one stops
+    )
+    return deployment.bind(config.model_dump(mode="json"), model)
+
+
+def build(arguments: dict[str, str]) -> serve.Application:
+    """The application for Serve's own configuration files: `params` names a params.yaml."""
+    params = load_params(Path(arguments.get("params", "params.yaml")))
+    return application(params.serve, params.register_.model)
+
+
+def deploy(config: ServeConfig, model: str) -> None:
+    """Deploy a model's application on the running Ray; does nothing if it runs unchanged.
+
+    Raises:
+        ServiceError: Ray does not answer, or the application does not start.
+    """
+    with _connected():
+        _deploy(config, model)
+
+
+def undeploy(model: str) -> None:
+    """End a model's application, and do not bring it back; raises ServiceError without Ray."""
+    with _connected():
+        serve.delete(model)
+    _record_file(model).unlink(missing_ok=True)
+
+
+def serve_forever(config: ServeConfig, model: str) -> None:
+    """Deploy this application and those deployed before, and stay until SIGINT or SIGTERM.
+
+    Raises:
+        ServiceError: Ray does not answer, or went away.
+    """
+    # Children of a shell that is not interactive ignore SIGINT; either signal ends this in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with _connected(wait_s=_RAY_START_S):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
+            try:
+                for former, former_config in _recorded().items():
+                    if former != model:
+                        _deploy(former_config, former)
+                _deploy(config, model)
+                while True:
+                    time.sleep(_WATCH_S)
+                    _statuses()
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                serve.shutdown()
+    except KeyboardInterrupt:
+        return
+
+
+def _deploy(config: ServeConfig, model: str) -> None:
+    record = {"version": __version__, "serve": config.model_dump(mode="json")}
+    file = _record_file(model)
+    if _statuses().get(model) in ("RUNNING", "DEPLOYING") and _read(file) == record:
+        return
+    options = {"host": environment.endpoint_host(), "port": environment.port("endpoint")}
+    try:
+        serve.start(http_options=options)
+        serve.run(application(config, model), name=model, route_prefix=config.route_prefix)
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ServiceError(
+            f"the endpoint of {model} does not start",
+            got=" ".join(str(error).split())[:300],
+            remedy="look into Ray's dashboard",
+        ) from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _connected(wait_s: float = 0.0) -> Iterator[None]:
+    """A connection to the running Ray; one that stands already is used, and left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    environment.enter()
+    address, give_up = environment.ray_address(), time.monotonic() + wait_s
+    while True:
+        try:
+            ray.init(address=address, namespace="mm-model", log_to_driver=False)
+            break
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            if time.monotonic() >= give_up:
+                raise ServiceError(
+                    f"Ray does not answer at {address}",
+                    got=" ".join(str(error).split())[:300],
+                    remedy="start it with `mm up`",
+                ) from error
+            time.sleep(2)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _statuses() -> dict[str, str]:
+    """Application name → status; raises ServiceError if Ray has gone."""
+    try:
+        return {name: app.status.value for name, app in serve.status().applications.items()}
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise ServiceError("Ray went away", got=error, remedy="start it with `mm up`") from error
+
+
+def _recorded() -> dict[str, ServeConfig]:
+    """The applications that were deployed and not taken down."""
+    found = {}
+    for file in sorted(_record_file("").parent.glob("*.json")):
+        record = _read(file)
+        try:
+            found[file.stem] = parse(ServeConfig, (record or {}).get("serve"), str(file))
+        except MMError as error:
+            raise ServiceError(f"{file} cannot be read", got=error, remedy="remove it") from error
+    return found
+
+
+def _record_file(model: str) -> Path:
+    return environment.state_dir() / "endpoints" / f"{model}.json"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content

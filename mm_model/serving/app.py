@@ -1,0 +1,381 @@
+"""The HTTP interface; the only module that knows FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+import mm_model
+from mm_model.api import (
+    MAX_STEPS,
+    MIN_SIDE_PX,
+    PNG,
+    PROBLEM,
+    RETRY_AFTER_S,
+    TIFF,
+    ZIP,
+    Health,
+    Limits,
+    ModalityInfo,
+    ModalityList,
+    ModelInfo,
+    Problem,
+    Provenance,
+    http_problem,
+    max_body_bytes,
+    problem_of,
+)
+from mm_model.config import ServeConfig
+from mm_model.errors import (
+    DeadlineError,
+    MediaTypeError,
+    MMError,
+    NotReadyError,
+    OverloadedError,
+    TooLargeError,
+)
+from mm_model.modalities import MODALITIES
+from mm_model.serving import metrics, page
+from mm_model.serving.answers import Answer, answer, wants_picture
+from mm_model.serving.batching import Batcher, ModelSource, Served
+from mm_model.serving.generator import MAX_SEED, Prepared
+from mm_model.serving.uploads import FIELDS, Part, read_request
+
+_DESCRIPTION = """
+Any Earth-observation modality from any others: send what was observed as GeoTIFFs, name what you \
+want, get GeoTIFFs on the same grid.
+
+    curl -F sar=@s1.tif -F target=map -F seed=7 -o map.tif URL/v1/generate
+
+Errors are RFC 9457 problems that say what was got, what is allowed and what to do.
+"""
+_GENERATE = """
+Each part that is named as a modality holds a GeoTIFF of it, in its own grid, reference system and \
+resolution; the answer lies on the grid of the finest one. Where nothing is observed, `width` and \
+`height` (and `crs` with `transform`) say what to generate.
+
+One target and one sample come as a GeoTIFF, more as a zip of GeoTIFFs with a `manifest.json`; \
+`Accept: image/png` gets a picture. The headers `X-Model-Name`, `X-Model-Version`, `X-Run-Id`, \
+`X-Seed`, `X-Steps`, `X-Samples`, `X-Observed` and `X-Targets` say how it was made.
+"""
+# What a text field of a form may hold at most; a long WKT has some 10 kB.
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_PARTS = 64
+
+
+def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
+    """The endpoint over a source of models, with the limits of the configuration."""
+    app = FastAPI(
+        title="mm-model",
+        version=mm_model.__version__,
+        description=_DESCRIPTION.strip(),
+        docs_url=None,  # FastAPI's page loads its scripts from elsewhere
+        redoc_url=None,
+    )
+    endpoint = _Endpoint(source, config)
+    not_ready = _problems(503)
+    app.post(
+        "/v1/generate",
+        summary="Generate modalities",
+        description=_GENERATE.strip(),
+        operation_id="generate",
+        response_class=Response,
+        responses=_generate_responses(),
+        openapi_extra={"requestBody": _request_body(config)},
+    )(endpoint.generate)
+    app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
+    app.get(
+        "/v1/modalities",
+        summary="What the serving version knows",
+        operation_id="modalities",
+        responses=not_ready,
+    )(endpoint.modalities)
+    app.get("/healthz", summary="Alive", operation_id="healthz")(endpoint.healthz)
+    app.get("/readyz", summary="A model is loaded", operation_id="readyz", responses=not_ready)(
+        endpoint.readyz
+    )
+    app.get(
+        "/metrics",
+        summary="Counters, for Prometheus",
+        operation_id="metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )(endpoint.metrics_page)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page.render(app.openapi()))
+
+    app.add_exception_handler(MMError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    return app
+
+
+class _Endpoint:
+    """The operations, over one source and one queue."""
+
+    def __init__(self, source: ModelSource, config: ServeConfig) -> None:
+        self._source = source
+        self._metrics = metrics.Metrics()
+        self._batcher = Batcher(
+            config.max_batch, config.batch_wait_ms / 1000, self._metrics.batch_size.observe
+        )
+        self._in_progress = 0
+        self._limits = Limits(
+            max_side_px=config.max_side_px,
+            max_samples=config.max_samples,
+            max_queued=config.max_queued,
+            max_body_bytes=max_body_bytes(config.max_side_px),
+            deadline_s=config.deadline_s,
+        )
+
+    async def generate(self, request: Request) -> Response:
+        began, status = time.perf_counter(), 500
+        try:
+            response = await self._generate(request)
+            status = response.status_code
+            return response
+        except MMError as error:
+            status = problem_of(error).status
+            raise
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except asyncio.CancelledError:
+            status = 499  # the caller left; nginx's number for it
+            raise
+        finally:
+            self._metrics.requests.labels(status).inc()
+            self._metrics.seconds.observe(time.perf_counter() - began)
+
+    async def _generate(self, request: Request) -> Response:
+        """Admit, read, sample and answer, all within the deadline."""
+        served = self._served()
+        if self._in_progress >= self._limits.max_queued:
+            raise OverloadedError(
+                "too many requests are in progress",
+                got=self._in_progress,
+                allowed=self._limits.max_queued,
+                remedy="try again in a second",
+            )
+        self._in_progress += 1
+        self._metrics.in_progress.inc()
+        try:
+            async with asyncio.timeout(self._limits.deadline_s):
+                return await self._answer(request, served)
+        except TimeoutError:
+            raise DeadlineError(
+                "the answer took too long",
+                allowed=f"{self._limits.deadline_s:g} s",
+                remedy="ask for a smaller piece, fewer samples or fewer steps",
+            ) from None
+        finally:
+            self._in_progress -= 1
+            self._metrics.in_progress.dec()
+
+    async def _answer(self, request: Request, served: Served) -> Response:
+        parts = await _read_parts(request, self._limits.max_body_bytes)
+        prepared = await asyncio.to_thread(_prepare, parts, served)
+        del parts
+        result = await self._batcher.submit(served.generator, prepared)
+        provenance = Provenance(
+            model=served.identity.name,
+            model_version=served.identity.version,
+            run_id=served.identity.run_id,
+            observed=tuple(prepared.observed),
+            targets=prepared.targets,
+            samples=prepared.samples,
+            seed=prepared.seed,
+            steps=prepared.steps,
+        )
+        made: Answer = await asyncio.to_thread(
+            answer,
+            result,
+            served.generator.modalities,
+            provenance,
+            picture=wants_picture(request.headers.get("accept", "")),
+        )
+        return Response(
+            made.content,
+            media_type=made.media_type,
+            headers={
+                **provenance.headers(),
+                "Content-Disposition": f'attachment; filename="{made.filename}"',
+            },
+        )
+
+    async def model(self) -> ModelInfo:
+        served = self._source.served
+        return ModelInfo(
+            serving=served.identity if served else None,
+            modalities=tuple(served.generator.modalities) if served else (),
+            refused=self._source.refused,
+            registry_error=self._source.registry_error,
+            limits=self._limits,
+        )
+
+    async def modalities(self) -> ModalityList:
+        known = self._served().generator.modalities.values()
+        return ModalityList(modalities=tuple(ModalityInfo.of(modality) for modality in known))
+
+    async def healthz(self) -> Health:
+        return Health()
+
+    async def readyz(self) -> Health:
+        return Health(model_version=self._served().identity.version)
+
+    async def metrics_page(self) -> Response:
+        return Response(self._metrics.page(self._source), media_type=metrics.CONTENT_TYPE)
+
+    def _served(self) -> Served:
+        served = self._source.served
+        if served is None:
+            raise NotReadyError(
+                "no model is loaded",
+                got=self._source.registry_error,
+                remedy="promote a version to champion, then try again",
+            )
+        return served
+
+
+def _prepare(parts: list[Part], served: Served) -> Prepared:
+    return served.generator.prepare(read_request(parts, served.generator))
+
+
+async def _read_parts(request: Request, max_bytes: int) -> list[Part]:
+    """The parts of a multipart form, its size checked before and while it is read."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise MediaTypeError(
+            "body",
+            got=media_type[:80] or "no Content-Type",
+            allowed="multipart/form-data",
+            remedy="send it with curl -F",
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(declared, max_bytes)
+    limited = _LimitedReceive(request, max_bytes)
+    async with Request(request.scope, limited).form(
+        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
+    ) as form:
+        return [
+            Part(name, await value.read() if isinstance(value, UploadFile) else value)
+            for name, value in form.multi_items()
+        ]
+
+
+class _LimitedReceive:
+    """ASGI's receive, which stops at the first byte over a limit."""
+
+    def __init__(self, request: Request, max_bytes: int) -> None:
+        self._receive = request.receive
+        self._max_bytes = max_bytes
+        self._got = 0
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._got += len(message.get("body", b""))
+        if self._got > self._max_bytes:
+            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
+        return message
+
+
+def _too_large(got: str, max_bytes: int) -> TooLargeError:
+    return TooLargeError(
+        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
+    )
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, MMError)
+    return _problem_response(problem_of(error))
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _problem_response(http_problem(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_bug(_: Request, error: Exception) -> Response:
+    # The trace goes to the log, not to the caller.
+    return _problem_response(http_problem(500, f"internal error ({type(error).__name__})"))
+
+
+def _problem_response(problem: Problem) -> Response:
+    retry = RETRY_AFTER_S.get(problem.status)
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        status_code=problem.status,
+        media_type=PROBLEM,
+        headers={"Retry-After": str(retry)} if retry else None,
+    )
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    meaning = {
+        400: "The form is malformed",
+        413: "An upload, an image side or the body is over its limit",
+        415: "The body is no form, or a part is no whole GeoTIFF",
+        422: "A field, a layer or its unit is wrong, or layers do not overlap",
+        429: "Too many requests are in progress; try again after Retry-After seconds",
+        503: "No model is loaded yet; try again after Retry-After seconds",
+        504: "The answer took longer than the deadline",
+    }
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": meaning[status],
+            "model": Problem,
+            "content": {PROBLEM: {"schema": schema}},
+        }
+        for status in statuses
+    }
+
+
+def _generate_responses() -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {
+            "description": "What was generated",
+            "content": {media: {"schema": {}} for media in (TIFF, ZIP, PNG)},
+        },
+        **_problems(400, 413, 415, 422, 429, 503, 504),
+    }
+
+
+def _request_body(config: ServeConfig) -> dict[str, Any]:
+    """The form: a file for each declared modality, and the fields."""
+    side = {"minimum": MIN_SIDE_PX, "maximum": config.max_side_px}
+    numbers = {
+        "samples": {"minimum": 1, "maximum": config.max_samples, "default": 1},
+        "seed": {"minimum": 0, "maximum": MAX_SEED, "default": 0},
+        "steps": {"minimum": 1, "maximum": MAX_STEPS, "default": 8},
+        "width": side,
+        "height": side,
+    }
+    properties: dict[str, Any] = {
+        modality.name: {
+            "type": "string",
+            "contentMediaType": TIFF,
+            "description": f"GeoTIFF: {modality.title}; bands {', '.join(modality.band_names)} "
+            f"in {modality.unit}, {modality.valid_range[0]:g} to {modality.valid_range[1]:g}",
+        }
+        for modality in MODALITIES.values()
+    }
+    for name, meaning in FIELDS.items():
+        kind = {"type": "integer", **numbers[name]} if name in numbers else {"type": "string"}
+        if name == "target":
+            kind = {"type": "array", "items": {"type": "string", "enum": list(MODALITIES)}}
+        properties[name] = {**kind, "description": meaning}
+    schema = {"type": "object", "additionalProperties": False, "properties": properties}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

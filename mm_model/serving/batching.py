@@ -1,0 +1,119 @@
+"""Requests of many callers into batches, and who serves them.
+
+Ray Serve has a batcher of its own. This one differs in what it waits for: a batch holds requests of
+one shape and one model version only, a small request never waits for a large one that came later,
+and a caller who left takes no part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mm_model.api import ModelIdentity, Refusal
+from mm_model.serving.generator import Generator, Prepared, Result
+
+
+@dataclass(frozen=True)
+class Served:
+    """A generator and the name of what it serves."""
+
+    generator: Generator
+    identity: ModelIdentity
+
+
+class ModelSource(Protocol):
+    """Says which model serves now; a request keeps the one that it began with."""
+
+    @property
+    def served(self) -> Served | None:
+        """None until a model has been loaded."""
+        ...
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """Versions that should have served and were not taken up."""
+        ...
+
+    @property
+    def registry_error(self) -> str | None:
+        """Why the registry cannot be asked now, if so."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedModel:
+    """A source that always serves the same."""
+
+    served: Served | None
+    refused: tuple[Refusal, ...] = ()
+    registry_error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    generator: Generator
+    request: Prepared
+    answer: asyncio.Future[Result]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return id(self.generator), self.request.batch_key
+
+
+class Batcher:
+    """Samples what waits, one batch at a time; used from one event loop.
+
+    Args:
+        max_batch: most requests of a batch.
+        wait_s: how long the first of a batch waits for companions.
+        on_batch: told the size of each batch.
+    """
+
+    def __init__(
+        self, max_batch: int, wait_s: float, on_batch: Callable[[int], object] = lambda _: None
+    ) -> None:
+        self._max_batch = max_batch
+        self._wait_s = wait_s
+        self._on_batch = on_batch
+        self._waiting: deque[_Waiting] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def submit(self, generator: Generator, request: Prepared) -> Result:
+        """The request's result; cancelling this call takes it out of the queue."""
+        item = _Waiting(generator, request, asyncio.get_running_loop().create_future())
+        self._waiting.append(item)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await item.answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            if len(self._waiting) < self._max_batch:
+                await asyncio.sleep(self._wait_s)
+            batch = self._take()
+            if not batch:
+                continue
+            self._on_batch(len(batch))
+            try:
+                results = await asyncio.to_thread(
+                    batch[0].generator.sample, [item.request for item in batch]
+                )
+            except Exception as error:  # whatever it is, it is the callers' to know
+                for item in batch:
+                    if not item.answer.done():
+                        item.answer.set_exception(error)
+            else:
+                for item, result in zip(batch, results, strict=True):
+                    if not item.answer.done():
+                        item.answer.set_result(result)
+
+    def _take(self) -> list[_Waiting]:
+        """The longest waiting request and its companions; those that were left are dropped."""
+        present = [item for item in self._waiting if not item.answer.done()]
+        batch = [item for item in present if item.key == present[0].key][: self._max_batch]
+        self._waiting = deque(item for item in present if item not in batch)
+        return batch
