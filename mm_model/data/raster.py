@@ -73,11 +73,14 @@ class Raster:
     Attributes:
         values: [bands, H, W] of the bands that were asked for, in that order.
         valid: bool [H, W]: known (no nodata, no mask, finite) in each of these bands.
-        header: what the file says of itself; `header.band_names` lists all its bands.
+        scales, offsets: of these bands, as the file declares them.
+        header: what the file says of itself; it lists all its bands.
     """
 
-    values: NDArray[np.generic]
+    values: NDArray[Any]
     valid: NDArray[np.bool_]
+    scales: tuple[float, ...]
+    offsets: tuple[float, ...]
     header: RasterHeader
 
     @property
@@ -128,7 +131,9 @@ def read_raster(
         valid = (dataset.read_masks(numbers) != 0).all(axis=0)
     if values.dtype.kind == "f":
         valid &= np.isfinite(values).all(axis=0)
-    return Raster(values, valid, header)
+    scales = tuple(header.scales[n - 1] for n in numbers)
+    offsets = tuple(header.offsets[n - 1] for n in numbers)
+    return Raster(values, valid, scales, offsets, header)
 
 
 def write_geotiff(

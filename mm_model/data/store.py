@@ -50,6 +50,9 @@ class PatchStore:
                 f"{self.path} is no patch store", remedy="run the stage prepare"
             ) from None
         ids = self.index["patch_id"].to_numpy()
+        # Plain arrays: pandas takes longer to find a row than the file to give its pixels.
+        objects = self.index.astype(object).where(self.index.notna(), None)
+        self._columns = {c: objects[c].to_numpy() for c in objects}
         first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]) & (ids == ids))
         self._starts = np.append(first, len(ids))
         self.patch_ids = [str(i) for i in ids[first]]
@@ -57,9 +60,9 @@ class PatchStore:
     def __len__(self) -> int:
         return len(self.patch_ids)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Memory maps stay behind; a copy opens its own when it first reads.
-        return {**self.__dict__, "_shards": {}}
+    def __reduce__(self) -> tuple[type[PatchStore], tuple[Path]]:
+        # Index and memory maps stay behind: a copy opens its own.
+        return PatchStore, (self.path,)
 
     def rows(self, position: int) -> pd.DataFrame:
         """The index rows of a patch, one a modality."""
@@ -72,17 +75,25 @@ class PatchStore:
         """
         if not 0 <= position < len(self):
             raise DataError("patch position", got=position, allowed=f"0 to {len(self) - 1}")
-        rows = self.rows(position).to_dict("records")
-        layers = {
-            str(r["modality"]): self._layer(str(r["shard"]), int(r["row"]), r["acquired_at"])
-            for r in rows
-            if modalities is None or r["modality"] in modalities
-        }
-        first = rows[0]
-        transform = tuple(float(first[k]) for k in "abcdef")
-        grid = Grid(first["crs"], transform, int(first["height"]), int(first["width"]))  # type: ignore[arg-type]
+        rows = range(self._starts[position], self._starts[position + 1])
+        get = self._columns
+        layers = {}
+        for row in rows:
+            name = get["modality"][row]
+            if modalities is None or name in modalities:
+                layers[name] = self._layer(
+                    get["shard"][row], int(get["row"][row]), get["acquired_at"][row]
+                )
+        at = rows[0]
+        transform = tuple(float(get[k][at]) for k in "abcdef")
+        grid = Grid(get["crs"][at], transform, int(get["height"][at]), int(get["width"][at]))  # type: ignore[arg-type]
         return Patch(
-            first["patch_id"], first["place_id"], first["source"], grid, first["gsd_m"], layers
+            get["patch_id"][at],
+            get["place_id"][at],
+            get["source"][at],
+            grid,
+            float(get["gsd_m"][at]),
+            layers,
         )
 
     def _layer(self, shard: str, row: int, acquired_at: str | None) -> Layer:

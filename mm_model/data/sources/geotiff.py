@@ -1,0 +1,203 @@
+"""Real rasters as patches, as a manifest describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_model.data.align import resample, to_classes, to_physical
+from mm_model.data.patch import Layer, Patch, Unit
+from mm_model.data.raster import (
+    is_metric,
+    metric_grid,
+    read_header,
+    read_raster,
+    utm_zone,
+)
+from mm_model.data.sources.manifest import (
+    LINEAR_POWER,
+    TIMELESS,
+    BandOf,
+    LayerEntry,
+    SceneSpec,
+    load_manifest,
+)
+from mm_model.errors import ConfigError, RasterError
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Modality
+
+# A file's own grid is kept, unresampled, if its pixels are within this of the size wanted.
+_SAME_SIZE = 0.01
+
+
+class GeotiffSource:
+    """A unit is a scene: all its files, on one grid, cut into patches without overlap.
+
+    Args:
+        manifest: path of the YAML file.
+        patch_px: side of a patch.
+        gsd_m: size of a pixel where the manifest says nothing else.
+        modalities: the active ones; what the manifest says of others is not read.
+    """
+
+    def __init__(
+        self, manifest: Path, patch_px: int, gsd_m: float, modalities: Sequence[Modality]
+    ) -> None:
+        self._patch_px = patch_px
+        self._gsd_m = gsd_m
+        self._modalities = {m.name: m for m in modalities}
+        scenes = load_manifest(manifest)
+        self._scenes = {f"{s.source}/{s.scene}": s for s in scenes}
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(key, self._fingerprint(self._scenes[key])) for key in sorted(self._scenes)]
+
+    def read(self, unit: Unit) -> Iterator[Patch]:
+        scene = self._scenes[unit.unit_id]
+        gsd_m = scene.gsd_m or self._gsd_m
+        grid = _scene_grid(scene, gsd_m)
+        layers = {
+            name: _read_layer(scene, entry, self._modalities[name], grid)
+            for name, entry in scene.layers.items()
+            if name in self._modalities
+        }
+        for row, col in grid.subdivide(self._patch_px):
+            window = (slice(row, row + self._patch_px), slice(col, col + self._patch_px))
+            yield Patch(
+                f"{unit.unit_id}/{row:05d}-{col:05d}",
+                scene.place_id,
+                scene.source,
+                grid.window(row, col, self._patch_px, self._patch_px),
+                gsd_m,
+                {
+                    name: Layer(
+                        layer.values[(slice(None), *window)],
+                        layer.valid[window],
+                        layer.acquired_at,
+                    )
+                    for name, layer in layers.items()
+                },
+            )
+
+    def _fingerprint(self, scene: SceneSpec) -> str:
+        """Of what the manifest says of the scene, and of size and time of change of its files."""
+        said = scene.model_dump_json(exclude={"folder"})
+        files = []
+        for name in sorted({f for e in scene.layers.values() for f, _ in _bands(e)}):
+            status = _stat(scene.folder / name)
+            files.append((name, status[0], status[1]))
+        content = repr((said, self._patch_px, self._gsd_m, files))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        raise RasterError(
+            f"{path} does not exist", remedy="mend the manifest, or name the layer in `without`"
+        ) from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _bands(entry: LayerEntry) -> list[tuple[str, int | str | None]]:
+    """(file, band) of each band; one pair with None for all bands of a file."""
+    if entry.bands is None:
+        return [(str(entry.file), None)]
+    return [
+        (b.file, b.band) if isinstance(b, BandOf) else (str(entry.file), b) for b in entry.bands
+    ]
+
+
+def _scene_grid(scene: SceneSpec, gsd_m: float) -> Grid:
+    """The file's own grid if it is square in metres and of the wanted size, else a new one."""
+    path = scene.folder / _bands(scene.layers[scene.grid])[0][0]
+    grid = read_header(path).grid
+    if not grid.crs:
+        raise RasterError(f"{path} has no reference system", remedy="choose another `grid`")
+    crs = utm_zone(grid) if scene.crs == "utm" else scene.crs or grid.crs
+    if not is_metric(crs):
+        raise ConfigError(
+            f"{scene.source}.{scene.scene}: reference system of the grid",
+            got=crs[:80],
+            allowed="a projected one, in metres",
+            remedy=f"set crs: {utm_zone(grid)} (or crs: utm)",
+        )
+    sides = np.array(grid.pixel_size)
+    if crs == grid.crs and (abs(sides / gsd_m - 1) < _SAME_SIZE).all():
+        return grid
+    return metric_grid(grid, crs, gsd_m)
+
+
+def _read_layer(scene: SceneSpec, entry: LayerEntry, modality: Modality, target: Grid) -> Layer:
+    """All bands of a layer, in physical units, on the scene's grid."""
+    values, valid = [], np.ones(target.shape, dtype=np.bool_)
+    tags: Mapping[str, str] = {}
+    for file, pairs in groupby(_bands(entry), key=lambda pair: pair[0]):
+        wanted = [band for _, band in pairs if band is not None]
+        path = scene.folder / file
+        part, part_valid, tags = _read_file(path, wanted or None, entry, modality, target)
+        values.append(part)
+        valid &= part_valid
+    stacked = np.concatenate(values)
+    if len(stacked) != len(modality.bands):
+        raise RasterError(
+            f"{scene.folder / str(entry.file)}: bands for {modality.name}",
+            got=len(stacked),
+            allowed=len(modality.bands),
+            remedy="list `bands` in the manifest",
+        )
+    return Layer(stacked, valid, _date(entry, tags, scene))
+
+
+def _read_file(
+    path: Path,
+    bands: Sequence[int | str] | None,
+    entry: LayerEntry,
+    modality: Modality,
+    target: Grid,
+) -> tuple[NDArray[Any], NDArray[np.bool_], Mapping[str, str]]:
+    raster = read_raster(path, bands=bands)
+    valid = raster.valid
+    for nodata in entry.nodata:
+        valid = valid & (raster.values != nodata).all(axis=0)
+    if not raster.grid.crs:
+        raise RasterError(f"{path} has no reference system", remedy="georeference it")
+    if entry.classes is not None:
+        values, valid = to_classes(raster.values, valid, entry.classes, str(path))
+    else:
+        values, valid = to_physical(
+            raster.values,
+            valid,
+            modality,
+            scales=raster.scales if entry.scale is None else [entry.scale] * len(raster.values),
+            offsets=raster.offsets if entry.offset is None else [entry.offset] * len(raster.values),
+            linear_power=entry.unit == LINEAR_POWER,
+            out_of_range=entry.out_of_range,
+            where=str(path),
+        )
+    values, valid = resample(values, valid, raster.grid, target, modality)
+    return values, valid, raster.tags
+
+
+def _date(entry: LayerEntry, tags: Mapping[str, str], scene: SceneSpec) -> str | None:
+    if entry.date is None or entry.date == TIMELESS:
+        return None
+    if not entry.date.startswith("tag:"):
+        return entry.date
+    tag = entry.date.removeprefix("tag:")
+    match = re.match(r"(\d{4})-?(\d{2})-?(\d{2})", tags.get(tag, ""))
+    if match is None:
+        raise RasterError(
+            f"{scene.folder / str(entry.file)}: tag {tag}",
+            got=repr(tags.get(tag)),
+            allowed="a date, as YYYY-MM-DD or YYYYMMDD",
+        )
+    return "-".join(match.groups())

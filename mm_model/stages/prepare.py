@@ -1,0 +1,24 @@
+"""Stage prepare: a source → data/patches."""
+
+from pathlib import Path
+
+from mm_model.config import load_params
+from mm_model.data.prepare import open_source, prepare
+from mm_model.stages.run import run
+
+
+def main() -> None:
+    params = load_params()
+    source = open_source(params.prepare, params.selected)
+    count = prepare(
+        source,
+        Path("data/patches"),
+        params.selected,
+        shard_patches=params.prepare.shard_patches,
+        min_valid_fraction=params.prepare.min_valid_fraction,
+    )
+    print(f"{count} patches in data/patches")
+
+
+if __name__ == "__main__":
+    run(main)
