@@ -80,9 +80,8 @@ class TrainState:
             if full_name.startswith("optimizer/"):
                 _, key, name = full_name.split("/", 2)
                 parameter = parameters[name]
-                # The step counters stay on the CPU, where the optimiser keeps them.
-                device = tensor.device if tensor.ndim == 0 else parameter.device
-                self.optimizer.state[parameter][key] = tensor.to(device).clone()
+                moved = tensor.to(parameter.device, copy=True)
+                self.optimizer.state[parameter][key] = moved
         self.step = step
 
 
@@ -116,6 +115,13 @@ class Checkpoints:
         for old in self.files()[:-2]:
             old.unlink()
         return file
+
+    @torch.no_grad()
+    def load_average(self, module: nn.Module) -> None:
+        """Overwrite a module's parameters with the averages of the newest checkpoint."""
+        with safe_open(self.files()[-1], framework="pt") as content:
+            for name, parameter in module.named_parameters():
+                parameter.copy_(content.get_tensor(f"ema/{name}"))
 
     def restore(self, state: TrainState) -> bool:
         """Go on from the newest checkpoint; False where there is none.
