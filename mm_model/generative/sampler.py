@@ -1,0 +1,294 @@
+"""Sampling: a scene from whatever is observed, then every target from the scene.
+
+Works on canvases of any size, in windows of the size that the model was trained on; windows share
+one canvas at every step, so there are no seams. Runs in chunks of one fixed shape, so that a sample
+does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_model.codec import Codec
+from mm_model.errors import RequestError, UnknownModalityError
+from mm_model.generative.noise import batch_noise
+from mm_model.generative.path import advance
+from mm_model.generative.plan import Pass, plan
+from mm_model.generative.windows import STRIDE, Windows
+
+Check = Callable[[], None]
+
+
+class Generative(Protocol):
+    """What sampling needs of a model; `nn.model.SceneModel` is one."""
+
+    names: tuple[str, ...]
+    codec: Codec
+    patch_px: int
+    seen_sets: tuple[tuple[frozenset[str], int], ...]
+    scene_channels: int
+
+    def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def estimate_scene(self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor) -> Tensor: ...
+    def decode(
+        self, x: Tensor, t: Tensor, present: Tensor, wanted: Tensor, z: Tensor
+    ) -> Tensor: ...
+    def estimate(self, raw: Tensor) -> Tensor: ...
+    def channelwise(self, by_modality: Tensor) -> Tensor: ...
+
+
+def euler(
+    estimate: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    steps: int,
+    check: Check | None = None,
+) -> Tensor:
+    """Follow the flow from noise to data in equal Euler steps; the last returns the estimate.
+
+    With one step this is the posterior mean: the best single estimate.
+
+    Args:
+        estimate: (x_t, t) → expected clean x.
+        noise: where to start.
+        steps: 1 or more.
+        check: called before every step; may raise to cancel.
+    """
+    x = noise
+    for k in range(steps):
+        if check is not None:
+            check()
+        t = k / steps
+        x = advance(estimate(x, t), x, t, (k + 1) / steps)
+    return x
+
+
+@torch.no_grad()
+def sample_scene(
+    model: Generative,
+    x: Tensor,
+    mask: Tensor,
+    seeds: Sequence[int],
+    steps: int = 8,
+    *,
+    check: Check | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """Scenes z [B, S, ⌈H/8⌉, ⌈W/8⌉] that what is observed allows.
+
+    Args:
+        model: a trained model.
+        x: observed, in model space: [B, C, H, W], of any H and W.
+        mask: bool [B, M, H, W], where x is known.
+        seeds: one a sample; equal seeds and observations give equal scenes.
+        steps: of the flow; 1 gives the mean scene.
+        check: called between steps; may raise to cancel.
+        precision: "fp32" or "bf16".
+    """
+    _check_request(x, mask, seeds, steps)
+    x, mask = _pad(x), _pad(mask)
+    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
+    coarse = windows.scaled()
+    parts = windows.cut(x), windows.cut(mask)
+    run = _Chunks(x.device, precision)
+    h, _ = run(model.encode, *parts)
+    seen = parts[1].float().mean((2, 3))
+
+    def estimate(z_t: Tensor, t: float) -> Tensor:
+        pieces = coarse.cut(z_t)
+        times = pieces.new_full((len(pieces),), t)
+        return coarse.blend(run(model.estimate_scene, pieces, times, h, seen)[0])
+
+    noise = batch_noise(seeds, "scene", model.scene_channels, coarse.height, coarse.width)
+    return euler(estimate, noise.to(x), steps, check)
+
+
+@torch.no_grad()
+def decode_scene(
+    model: Generative,
+    x: Tensor,
+    mask: Tensor,
+    z: Tensor,
+    targets: Sequence[str] | Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    steps: int = 8,
+    *,
+    check: Check | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """Targets of given scenes, in model space: [B, C, H, W], 0 in channels of no target.
+
+    Args:
+        model: a trained model.
+        x: observed, in model space: [B, C, H, W].
+        mask: bool [B, M, H, W], where x is known.
+        z: scenes, as `sample_scene` gives them.
+        targets: names wanted of every sample, or a sequence of names for each.
+        seeds: one a sample.
+        steps: of the flow from noise to the targets.
+        check: called between steps; may raise to cancel.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        UnknownModalityError: a target that the model does not know.
+        RequestError: a target that is observed, or arguments that do not fit together.
+    """
+    _check_request(x, mask, seeds, steps)
+    height, width = x.shape[2:]
+    passes = _plans(model, mask, targets)
+    x, mask = _pad(x), _pad(mask)
+    inside = _pad(torch.ones(1, 1, height, width, dtype=torch.bool, device=x.device))
+    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
+    scene = windows.scaled().cut(z)
+    run = _Chunks(x.device, precision)
+    noise = torch.cat(
+        [batch_noise(seeds, m.name, m.channels, *x.shape[2:]) for m in model.codec.modalities],
+        1,
+    ).to(x)
+    result = torch.zeros_like(x)
+    for k in range(max(map(len, passes), default=0)):
+        rows = [i for i, p in enumerate(passes) if k < len(p)]
+        direct = _flags(model, [passes[i][k].direct for i in rows], x.device)
+        made = _flags(model, [passes[i][k].targets for i in rows], x.device)
+        present, wanted = mask[rows] & direct, inside & made
+        sees = model.channelwise(present)
+        makes = model.channelwise(wanted.expand(-1, -1, *x.shape[2:]))
+        observed = torch.where(sees, x[rows], 0)
+        pieces_of = [windows.cut(m) for m in (present, wanted.expand_as(present))]
+        scene_of = scene.view(len(x), -1, *scene.shape[1:])[rows].flatten(0, 1)
+
+        def estimate(
+            x_t: Tensor,
+            t: float,
+            observed: Tensor = observed,
+            makes: Tensor = makes,
+            pieces_of: list[Tensor] = pieces_of,
+            scene_of: Tensor = scene_of,
+        ) -> Tensor:
+            pieces = windows.cut(torch.where(makes, x_t, observed))
+            times = pieces.new_full((len(pieces), len(model.names)), t)
+            raw = run(_estimator(model), pieces, times, *pieces_of, scene_of)[0]
+            return windows.blend(raw)
+
+        made_x = euler(estimate, noise[rows], steps, check)
+        result[rows] = torch.where(makes, made_x, result[rows])
+    return result[:, :, :height, :width]
+
+
+def sample(
+    model: Generative,
+    x: Tensor,
+    mask: Tensor,
+    targets: Sequence[str] | Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    steps: int = 8,
+    *,
+    check: Check | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """Targets given what is observed: a scene is sampled, then all targets from that one scene.
+
+    Arguments, result and errors as for `sample_scene` and `decode_scene`; `steps` is used for both.
+    With steps=1 the result is the best single estimate rather than a sample.
+    """
+    _plans(model, mask, targets)  # refuse before the work
+    z = sample_scene(model, x, mask, seeds, steps, check=check, precision=precision)
+    return decode_scene(model, x, mask, z, targets, seeds, steps, check=check, precision=precision)
+
+
+def _estimator(model: Generative) -> Callable[..., Tensor]:
+    return lambda *inputs: model.estimate(model.decode(*inputs))
+
+
+class _Chunks:
+    """Runs a function over a batch, in chunks of one fixed size.
+
+    Matrix products round differently for different numbers of rows; with one shape for every call a
+    sample is bitwise the same in any batch (CPU, fp32).
+    """
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise RequestError("precision", got=precision, allowed="fp32 or bf16")
+        self.size = CHUNK if device.type == "cpu" else DEVICE_CHUNK
+        self.device, self.bf16 = device, precision == "bf16"
+
+    def __call__(
+        self, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for start in range(0, len(inputs[0]), self.size):
+                chunk = [i[start : start + self.size] for i in inputs]
+                count = len(chunk[0])
+                fill = self.size - count
+                if fill:
+                    chunk = [torch.cat([c, c[:1].expand(fill, *c.shape[1:])]) for c in chunk]
+                made = function(*chunk)
+                made = made if isinstance(made, tuple) else (made,)
+                outputs.append([m[:count] for m in made])
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+CHUNK = 1
+DEVICE_CHUNK = 32
+
+
+def _check_request(x: Tensor, mask: Tensor, seeds: Sequence[int], steps: int) -> None:
+    if x.ndim != 4 or mask.shape[0] != x.shape[0] or mask.shape[2:] != x.shape[2:]:
+        raise RequestError("observed", got=f"x {list(x.shape)}, mask {list(mask.shape)}")
+    if len(seeds) != len(x):
+        raise RequestError("seeds", got=len(seeds), allowed=f"one a sample, {len(x)}")
+    if steps < 1:
+        raise RequestError("steps", got=steps, allowed="1 or more")
+
+
+def _plans(
+    model: Generative, mask: Tensor, targets: Sequence[str] | Sequence[Sequence[str]]
+) -> list[tuple[Pass, ...]]:
+    """The passes of each sample."""
+    wanted = _targets_of_each(targets, len(mask))
+    plans = []
+    for known, names in zip(mask.any(-1).any(-1).tolist(), wanted, strict=True):
+        observed = [n for n, k in zip(model.names, known, strict=True) if k]
+        unknown = [n for n in names if n not in model.names]
+        if unknown:
+            raise UnknownModalityError("target", got=unknown, allowed=list(model.names))
+        both = [n for n in names if n in observed]
+        if both:
+            raise RequestError(
+                "target",
+                got=both,
+                allowed=[n for n in model.names if n not in observed],
+                remedy="a modality is either observed or a target",
+            )
+        plans.append(plan(observed, names, model.seen_sets))
+    return plans
+
+
+def _targets_of_each(
+    targets: Sequence[str] | Sequence[Sequence[str]], batch: int
+) -> list[list[str]]:
+    shared = [t for t in targets if isinstance(t, str)]
+    if shared:
+        return [shared] * batch
+    each = [list(t) for t in targets]
+    if len(each) != batch:
+        raise RequestError("targets", got=len(each), allowed=f"one sequence a sample, {batch}")
+    return each
+
+
+def _flags(model: Generative, sets: Sequence[frozenset[str]], device: torch.device) -> Tensor:
+    """Bool [B, M, 1, 1]: which modalities are in each set."""
+    rows = [[n in s for n in model.names] for s in sets]
+    return torch.tensor(rows, device=device)[:, :, None, None]
+
+
+def _pad(image: Tensor) -> Tensor:
+    """Padded at the bottom and right, with 0 or False, to multiples of the token's side."""
+    height, width = image.shape[2:]
+    return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
