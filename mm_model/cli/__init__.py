@@ -206,11 +206,11 @@ def evaluate(pipeline: PipelineOption = HERE) -> None:
 
 @app.command(rich_help_panel=MODELS)
 def register(pipeline: PipelineOption = HERE) -> None:
-    """Register the evaluated bundle with MLflow and put it through the gate."""
+    """Register the evaluated bundle and judge it; passing the gate makes it champion."""
     _enter(pipeline)
-    from mm_model.cli.models import register_and_gate
+    from mm_model.cli.models import register_and_promote
 
-    register_and_gate()
+    register_and_promote()
 
 
 @app.command(rich_help_panel=MODELS)
