@@ -72,9 +72,10 @@ def prepare(
     settings = [_code_digest(), [m.to_dict() for m in modalities], min_valid_fraction]
     keys = [_digest([*settings, unit.unit_id, unit.fingerprint]) for unit in units]
     wanted = {"fingerprint": _digest([shard_patches, *keys])}
-    if (out / _DONE).is_file() and json.loads((out / _DONE).read_text()) == wanted:
-        return len(PatchStore(out))
     parts = out.with_name(f".{out.name}.parts")
+    if (out / _DONE).is_file() and json.loads((out / _DONE).read_text()) == wanted:
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that died in its last act
+        return len(PatchStore(out))
     parts.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         task = progress.add_task("preparing", total=len(units))

@@ -19,6 +19,7 @@ def main() -> None:
         PatchStore(Path("data/patches")).index,
         pd.read_parquet("data/splits.parquet"),
         params.selected,
+        patch_px=params.prepare.patch_px,
         min_valid_fraction=params.prepare.min_valid_fraction,
         report=Path("data/validation.json"),
         docs=Path("data/docs"),
