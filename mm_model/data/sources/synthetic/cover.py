@@ -16,6 +16,7 @@ from mm_model.data.sources.synthetic.noise import (
     fractal,
     hash_of,
     key,
+    layered,
     noise,
     regions,
     smoothstep,
@@ -133,7 +134,7 @@ def _nature(
     """Cover as if nobody lived here."""
     t = land.climate_c
     jitter = 0.5 * (grain - 0.5)
-    trees = 4.2 * (lush - 0.52) + 0.55 * patchy + jitter - 2 * smoothstep(3.0, -3.0, t)
+    trees = 4.2 * (lush - 0.5) + 0.55 * patchy + jitter - 2 * smoothstep(3.0, -3.0, t)
     cool = (t - 8) * 0.16 + 0.35 * noise(key(seed, 26), frame, 400) + 0.5 * jitter
     wood = np.where(cool > 0, np.uint8(Cover.BROADLEAF), np.uint8(Cover.CONIFER))
     barren = 5 * (0.27 - lush) + 0.35 * patchy + 0.3 * jitter
@@ -147,11 +148,11 @@ def _nature(
     cover[moss] = Cover.MOSS
     cover[barren > 0] = Cover.BARE
     cover[(land.shore_m < 2.2 + patchy) & (land.elevation < 5) & (slope < 0.12)] = Cover.BARE
-    swamp = (land.shore_m < 2.1 + 1.5 * patchy) & (land.moisture > 0.5) & (slope < 0.1)
+    swamp = (land.shore_m < 2.6 + 2 * patchy) & (land.moisture > 0.5) & (slope < 0.1)
     cover[swamp & (trees < 0.8)] = Cover.WETLAND
-    tidal = (land.elevation < 5 + 3 * patchy) & (t > 15) & (land.moisture > 0.4)
+    tidal = (land.elevation < 8 + 4 * patchy) & (t > 15) & (land.moisture > 0.4)
     cover[tidal] = Cover.MANGROVE
-    cover[t + 1.5 * patchy < -8.5] = Cover.ICE
+    cover[t + 1.5 * patchy < -6] = Cover.ICE
     cover[land.water] = Cover.WATER
     return cover
 
@@ -174,7 +175,7 @@ def _fields(
     shape = np.where(pivots, np.float32(1), shape)
     parcels = _parcels(key(seed, 27), region.id, u, v, size, size * shape)
     use = unit(parcels.id, 8)
-    wild = 0.62 + 0.3 * (unit(region.id, 9) - 0.5)
+    wild = 0.8 + 0.35 * (unit(region.id, 9) - 0.5)
     open_land = (arable > wild * (0.55 + 0.35 * patchy)) & (patchy < 1.15)
     farmed = open_land & (cover != Cover.WATER) & (cover != Cover.WETLAND)
     farmed &= (land.shore_m > 1.0) & (cover != Cover.MANGROVE) & (cover != Cover.ICE)
@@ -206,11 +207,13 @@ def _towns(
     grain: F32,
 ) -> tuple[U32, F32, U32]:
     """Build towns and hamlets, in place; hashes of buildings, heights in m, hashes of blocks."""
-    crowd = noise(key(seed, 30), frame, 9000) + 0.8 * noise(key(seed, 31), frame, 2600)
-    crowd += 0.16 * fractal(key(seed, 32), frame, 600, 3)
-    hamlet = (unit(region.id, 12) < 0.3) * np.exp(-np.hypot(region.dx, region.dy) / 150)
+    crowd = layered(
+        key(seed, 30), frame, (9000, 1.0), (2600, 0.8), (600, 0.14), (300, 0.07), (150, 0.04)
+    )
+    hamlet = np.exp(-np.hypot(region.dx, region.dy) / 150)
+    hamlet *= unit(region.id, 12) < 0.3
     hamlet *= 1 + 0.5 * noise(key(seed, 36), frame, 140)
-    density = crowd - 1.15 + 1.7 * hamlet - 2.5 * (1 - livable)
+    density = crowd - 1.45 + 2.0 * hamlet - 2.5 * (1 - livable)
     town = (density > 0) & (cover != Cover.WATER) & (cover != Cover.ICE)
     shape = frame.shape
     roof = np.zeros(shape, np.uint32)
@@ -249,7 +252,7 @@ def _roads(
     land: Terrain,
 ) -> None:
     """Highways along contours of a smooth field, country roads between regions; in place."""
-    line = noise(key(seed, 40), frame, 5200) + 0.25 * noise(key(seed, 41), frame, 1300)
+    line = layered(key(seed, 40), frame, (5200, 1.0), (1300, 0.25))
     distance = np.abs(line) / (np.hypot(*gradient(line, frame.gsd_m)) + np.float32(1e-5))
     highway = (distance < 9) & (land.climate_c > -2) & (land.slope < 0.6) & ~land.sea
     country = (region.edge_m < 5.5) & (settled > 0.35) & (cover != Cover.WATER)

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_model.geo.grid import Grid
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
 
 _WORD = 0xFFFFFFFF
+_BLOCK_ROWS = 64
 # Multipliers of a 32-bit finaliser with low bias (C. Wellons, "Prospecting for hash functions").
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
 
@@ -81,6 +84,14 @@ class Frame:
     y: F64
     gsd_m: float
 
+    @classmethod
+    def of(cls, grid: Grid, halo: int = 0) -> Frame:
+        """The pixels of a north-up grid of square pixels, and a frame of `halo` pixels around."""
+        gsd, _, west, _, _, north = grid.transform
+        cols = np.arange(-halo, grid.width + halo, dtype=np.float64)
+        rows = np.arange(-halo, grid.height + halo, dtype=np.float64)
+        return cls(west + gsd * (cols + 0.5), north - gsd * (rows + 0.5), gsd)
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.y), len(self.x)
@@ -111,8 +122,19 @@ def _taps(position: F64, wavelength_m: float) -> tuple[I64, tuple[F32, F32, F32]
     return index.astype(np.int64) - 1, (a, b, c)
 
 
-def noise(seed: int, frame: Frame, wavelength_m: float) -> F32:
-    """A smooth field [H, W] of mean 0 and standard deviation near 1."""
+def layered(seed: int, frame: Frame, *octaves: tuple[float, float]) -> F32:
+    """A sum of smooth fields [H, W] of mean 0, given as (wavelength in metres, deviation).
+
+    Octaves shorter than two pixels are left out: they would alias.
+    """
+    total = np.zeros(frame.shape, np.float32)
+    for index, (wavelength_m, deviation) in enumerate(octaves):
+        if wavelength_m >= 2 * frame.gsd_m:
+            _add(total, key(seed, index), frame, wavelength_m, deviation)
+    return total
+
+
+def _add(total: F32, seed: int, frame: Frame, wavelength_m: float, deviation: float) -> None:
     row, row_weights = _taps(frame.y, wavelength_m)
     col, col_weights = _taps(frame.x, wavelength_m)
     r0, c0 = int(row.min()), int(col.min())
@@ -120,40 +142,35 @@ def noise(seed: int, frame: Frame, wavelength_m: float) -> F32:
     values = unit(lattice)
     # 6.3: a uniform lattice, averaged by the spline along two axes, has a deviation of 1 / 6.3.
     values -= np.float32(0.5)
-    values *= np.float32(6.3)
+    values *= np.float32(6.3 * deviation)
     row, col = row - r0, col - c0
-    # Columns first, on the few lattice rows; gathering whole rows is then a plain copy.
+    # Columns first, on the few lattice rows; gathering whole rows is then a plain copy. A few
+    # rows at a time, so that they stay in the cache.
     across = values[:, col] * col_weights[0]
     across += values[:, col + 1] * col_weights[1]
     across += values[:, col + 2] * col_weights[2]
-    out: F32 = across[row]
-    out *= row_weights[0][:, None]
-    for tap in (1, 2):
-        part = across[row + tap]
-        part *= row_weights[tap][:, None]
-        out += part
-    return out
+    scratch = np.empty((_BLOCK_ROWS, total.shape[1]), np.float32)
+    for top in range(0, len(row), _BLOCK_ROWS):
+        rows = slice(top, top + _BLOCK_ROWS)
+        part = scratch[: len(row[rows])]
+        for tap, weights in enumerate(row_weights):
+            np.take(across, row[rows] + tap, axis=0, out=part, mode="clip")
+            part *= weights[rows, None]
+            total[rows] += part
+
+
+def noise(seed: int, frame: Frame, wavelength_m: float) -> F32:
+    """A smooth field [H, W] of mean 0 and standard deviation near 1."""
+    return layered(seed, frame, (wavelength_m, 1.0))
 
 
 def fractal(seed: int, frame: Frame, wavelength_m: float, octaves: int, gain: float = 0.5) -> F32:
-    """Noise of several octaves [H, W], standard deviation near 1.
-
-    Octaves shorter than two pixels are left out: they would alias.
-    """
+    """Noise of several octaves [H, W], each half as long; standard deviation near 1."""
     norm = sum(gain ** (2 * i) for i in range(octaves)) ** -0.5
-    total = noise(seed, frame, wavelength_m)
-    total *= np.float32(norm)
-    for octave in range(1, octaves):
-        wavelength = wavelength_m / 2**octave
-        if wavelength < 2 * frame.gsd_m:
-            break
-        part = noise(key(seed, octave), frame, wavelength)
-        part *= np.float32(norm * gain**octave)
-        total += part
-    return total
+    return layered(seed, frame, *((wavelength_m / 2**i, norm * gain**i) for i in range(octaves)))
 
 
-def smoothstep(low: float, high: float, values: F32) -> F32:
+def smoothstep(low: float, high: float, values: NDArray[np.floating]) -> F32:
     """0 below low, 1 above high, smooth between (low > high turns it round)."""
     t = np.clip((values - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)

@@ -16,7 +16,7 @@ from mm_model.data.sources.synthetic.noise import (
     fractal,
     hash_of,
     key,
-    noise,
+    layered,
     smoothstep,
     unit,
     white,
@@ -139,7 +139,7 @@ class Sensors:
     @cached_property
     def _air_c(self) -> F32:
         """Air temperature of the day, in °C."""
-        swing = 11.5 - 0.2 * np.clip(self.land.climate_c, 0, 25)
+        swing = 11 - 0.2 * np.clip(self.land.climate_c, 0, 25)
         return np.asarray(self.land.climate_c + swing * self.when.summer, np.float32)
 
     @cached_property
@@ -151,7 +151,7 @@ class Sensors:
         if float(cold.max()) < -3:
             return np.zeros(self.frame.shape, np.float32)
         cold += 0.9 * fractal(key(self.seed, 50), self.frame, 500, 4, 0.6) - 0.7 * ground.grain
-        caught = np.ones(len(Cover), np.float32)
+        caught = np.full(len(Cover), 0.9, np.float32)
         caught[[Cover.BROADLEAF, Cover.CONIFER, Cover.MANGROVE, Cover.SHRUB]] = 0.55, 0.3, 0, 0.8
         caught[[Cover.PAVED, Cover.ROOF, Cover.YARD]] = 0.25, 0.75, 0.8
         caught[[Cover.WATER, Cover.ICE]] = 0, 0.9
@@ -182,9 +182,7 @@ class Sensors:
         table[Cover.MOSS] = 0.5, 0.5, 0.8
         full, kept, dries = (table[:, i][cover] for i in range(3))
         area = full * (kept + (1 - kept) * warm) * (0.55 + 0.6 * np.clip(ground.lush, 0, 1.2))
-        autumn = float(smoothstep(0.1, 0.5, np.float32(1 - abs(when.summer)))) * (
-            when.date.month > 6
-        )
+        autumn = float(smoothstep(0.1, 0.5, np.array(1 - abs(when.summer)))) * (when.date.month > 6)
         dry = dries * np.maximum(drought, (1 - warm) * 0.75)
         turning = 0.7 * autumn * (0.4 + 0.6 * unit(ground.parcel, 52))
         dry = np.where(cover == Cover.BROADLEAF, dries * (0.5 * (1 - warm)) + turning, dry)
@@ -202,7 +200,7 @@ class Sensors:
             length = np.where(kind < 0.55, np.float32(225), np.float32(150))
             day = when.date.timetuple().tm_yday - 6 * (land.climate_c - 11)
             age = (day - start + 20 * lot) / length
-            age = np.where(land.climate_c > 19, unit(parcel, 55) * 1.3, age)
+            age = np.where(land.climate_c > 20, unit(parcel, 55) * 1.3, age)
             grown = smoothstep(0.1, 0.55, age) * smoothstep(1.03, 0.97, age)
             tilled = unit(parcel, 56)
             area = np.where(crop, 3.6 * grown * (0.7 + 0.4 * lot) + 0.05, area)
@@ -214,8 +212,10 @@ class Sensors:
             leaf[bloom] = Material.FLOWER
 
         material = self._materials()
-        patch = noise(key(self.seed, 57), self.frame, 260)
-        bright = 1 + 0.07 * patch + 0.18 * (grain - 0.5)
+        patch = fractal(key(self.seed, 57), self.frame, 700, 4, 0.7)
+        bright = (
+            1 + np.where(crop, np.float32(0.05), np.float32(0.11)) * patch + 0.18 * (grain - 0.5)
+        )
         wet = when.wetness * 0.35
         bright *= np.where(cover >= Cover.ROOF, np.float32(1), 1.08 - wet - 0.2 * (lot - 0.5))
         bright += np.where(crop, 0.06 * ground.rows, 0)
@@ -233,12 +233,10 @@ class Sensors:
     def _materials(self) -> NDArray[np.uint8]:
         """What lies under, or instead of, plants."""
         ground, land = self.ground, self.land
-        sandy = noise(key(self.seed, 59), self.frame, 6000) + 0.25 * noise(
-            key(self.seed, 60), self.frame, 300
-        )
+        sandy = layered(key(self.seed, 59), self.frame, (6000, 1.0), (300, 0.25))
         soil = np.full(self.frame.shape, np.uint8(Material.BROWN_SOIL))
         soil[(land.moisture < 0.4) & (sandy > -0.2)] = Material.PALE_SAND
-        soil[(land.climate_c > 15) & (sandy <= -0.2)] = Material.RED_SOIL
+        soil[(land.climate_c > 18) & (sandy <= -0.2)] = Material.RED_SOIL
         cover = ground.cover
         out = soil
         bare = cover == Cover.BARE
@@ -260,7 +258,7 @@ class Sensors:
     @cached_property
     def _turbid(self) -> F32:
         """Share of turbid water, 0 to 1."""
-        cloudiness = noise(key(self.seed, 62), self.frame, 4000) * 0.5
+        cloudiness = layered(key(self.seed, 62), self.frame, (4000, 0.45), (700, 0.15))
         cloudiness += 0.75 - self.land.depth
         return np.clip(cloudiness, 0, 1).astype(np.float32)
 
@@ -297,7 +295,7 @@ class Sensors:
         plants += dry * (of[Material.STRAW] - plants)
         hidden = 1 - np.exp(np.float32(-canopy_opacity(band)) * area)
         base += hidden * (plants * (0.9 + 0.2 * bright - 0.1) - base)
-        base += self._snow * (of[Material.SNOW] * 0.9 - base)
+        base += self._snow * (of[Material.SNOW] * 0.8 - base)
         base *= self._light
         return base
 
@@ -321,10 +319,12 @@ class Sensors:
 
         toward = 1.0 if when.looks_east else -1.0
         rise = land.east * toward  # ground that rises away from the radar faces it
-        local = _INCIDENCE - np.arctan(rise)
-        compressed = np.sin(_INCIDENCE) / np.maximum(np.sin(local), np.float32(0.12))
-        facing = np.clip(np.cos(local) / np.cos(_INCIDENCE), 0.03, None)
-        power = np.power(np.float32(10), 0.1 * db) * compressed * facing
+        # Sine and cosine of the local incidence, without the angle: slopes that face the radar
+        # are squeezed into few pixels and look bright.
+        tangent = np.float32(np.tan(_INCIDENCE))
+        squeezed = tangent / np.maximum(tangent - rise, np.float32(0.12))
+        facing = np.maximum(1 + rise * tangent, np.float32(0.03))
+        power = np.exp(np.float32(0.1 * np.log(10)) * db) * squeezed * facing
         tall = np.where(ground.height_m > 9, power, 0)
         # Layover: what stands high is drawn a pixel nearer to the radar.
         power += 0.35 * np.roll(tall, -round(toward), axis=1)
@@ -336,7 +336,8 @@ class Sensors:
             product *= ((h & np.uint32(0xFFFF)).astype(np.float32) + 0.5) * np.float32(2**-16)
         speckle = -np.log(product) / _LOOKS  # the mean of exponential variates: gamma
         noise_floor = np.float32(10 ** (-3.1))
-        return np.asarray(10 * np.log10(power * speckle + noise_floor), np.float32)
+        decibels = np.float32(10 / np.log(10)) * np.log(power * speckle + noise_floor)
+        return np.asarray(decibels, np.float32)
 
     def _elevation(self, band: Band) -> F32:
         return self.land.elevation

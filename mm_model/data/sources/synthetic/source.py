@@ -47,17 +47,13 @@ def render(
     Raises:
         ConfigError: the grid is turned or not square, or a modality cannot be rendered.
     """
-    gsd, turned, west, turned_too, down, north = grid.transform
+    gsd, turned, _, turned_too, down, _ = grid.transform
     if turned or turned_too or gsd <= 0 or down != -gsd:
         raise ConfigError(
             "grid of the synthetic Earth", got=grid.transform, allowed="north up, square pixels"
         )
     halo = Sensors.HALO
-    frame = Frame(
-        x=west + gsd * (np.arange(-halo, grid.width + halo) + 0.5),
-        y=north - gsd * (np.arange(-halo, grid.height + halo) + 0.5),
-        gsd_m=gsd,
-    )
+    frame = Frame.of(grid, halo)
     land = terrain(seed, frame)
     sensors = Sensors(seed, frame, land, ground(seed, frame, land), when)
     inside = slice(halo, -halo)
@@ -188,13 +184,7 @@ class SyntheticSource:
         seed = place.when.seed
         chance = np.random.default_rng([seed, 2])
         cloudy, edged, angle, offset = chance.random(4)
-        gsd = self._gsd_m
-        _, _, west, _, _, north = place.grid.transform
-        frame = Frame(
-            west + gsd * (np.arange(place.grid.width) + 0.5),
-            north - gsd * (np.arange(place.grid.height) + 0.5),
-            gsd,
-        )
+        frame = Frame.of(place.grid)
         gaps: dict[Quantity, tuple[NDArray[np.bool_], dict[str, float]]] = {}
         if cloudy < 0.25:
             cloud = fractal(key(seed, 3), frame, 1800, 5) > 1.3 - 2.0 * cloudy

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.data.sources.synthetic.noise import F32, Frame, fractal, key, noise, smoothstep
+from mm_model.data.sources.synthetic.noise import F32, Frame, fractal, key, layered, smoothstep
 
 _LAPSE_K_PER_M = 0.0065
 
@@ -38,29 +39,29 @@ class Terrain:
     depth: F32
     sea: NDArray[np.bool_]
 
-    @property
+    @cached_property
     def slope(self) -> F32:
         """Steepness, as metres up a metre."""
-        return np.hypot(self.east, self.north)
+        return np.sqrt(self.east * self.east + self.north * self.north)
 
 
 def gradient(field: F32, gsd_m: float) -> tuple[F32, F32]:
     """Rise a metre eastwards and northwards; exact but for the outermost pixels."""
     down, right = np.gradient(field, np.float32(gsd_m))
-    return right, -down
+    return np.asarray(right, np.float32), np.asarray(-down, np.float32)
 
 
 def terrain(seed: int, frame: Frame) -> Terrain:
     """The ground of a frame."""
     gsd = frame.gsd_m
 
-    def field(salt: int, wavelength_km: float) -> F32:
-        return noise(key(seed, salt), frame, wavelength_km * 1000)
+    def field(salt: int, *octaves: tuple[float, float]) -> F32:
+        return layered(key(seed, salt), frame, *((km * 1000, size) for km, size in octaves))
 
-    plateau = 165 + 125 * field(1, 70) + 45 * field(2, 18) + 12 * field(3, 5)
-    ruggedness = 0.75 * field(4, 45) + 0.5 * field(5, 13)
+    plateau = 140 + field(1, (70, 125), (18, 45), (5, 12))
+    ruggedness = field(4, (45, 0.75), (13, 0.5))
     relief = 14 + 42 * np.exp(np.clip(1.05 * ruggedness, -3, 1.9)).astype(np.float32)
-    moisture = 0.55 + 0.2 * field(6, 60) + 0.11 * field(7, 11)
+    moisture = 0.6 + field(6, (60, 0.19), (11, 0.1))
 
     course = fractal(key(seed, 8), frame, 3000, 6, 0.45)
     river_m = np.abs(course) / (np.hypot(*gradient(course, gsd)) + np.float32(2e-4))
@@ -68,17 +69,17 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     height /= height + np.float32(0.3)  # flat valley floors, then slopes
     detail = fractal(key(seed, 9), frame, 1300, 6, 0.52)
     # Gullies: a crease wherever a field crosses zero, as running water cuts them.
-    gullies = np.abs(noise(key(seed, 10), frame, 1000))
-    gullies += 0.5 * np.abs(noise(key(seed, 16), frame, 420))
+    gullies = np.abs(field(10, (1, 1)))
+    gullies += 0.5 * np.abs(field(16, (0.42, 1)))
     elevation = height * (0.55 + 0.45 * gullies + 0.25 * detail) + 0.05 * detail
     elevation *= relief
 
     basin = fractal(key(seed, 11), frame, 2400, 5, 0.5)
     wet = smoothstep(0.3, 0.75, moisture)
-    hollow = basin - (2.5 - 0.85 * wet - 0.35 * field(12, 25)) - height * relief / 70
+    hollow = basin - (2.5 - 0.85 * wet - field(12, (25, 0.35))) - height * relief / 70
     elevation -= 30 * np.clip(hollow + 0.15, 0, None)
 
-    width = (34 + 22 * field(13, 22)) * (0.25 + wet)
+    width = (38 + field(13, (22, 26))) * (0.4 + 0.8 * wet)
     river = (river_m < 0.5 * width) & (width > 9)
     level = np.maximum(plateau, 0)
     above = elevation + np.minimum(plateau, 0)
@@ -90,7 +91,7 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     )
     surface = (level + above).astype(np.float32)
     east, north = gradient(surface, gsd)
-    climate = 15 + 7.5 * field(14, 80) + 3 * field(15, 17) - _LAPSE_K_PER_M * 1.6 * surface
+    climate = 14.5 + field(14, (80, 8.5), (17, 3)) - _LAPSE_K_PER_M * 1.6 * surface
     return Terrain(
         elevation=surface,
         east=east,
