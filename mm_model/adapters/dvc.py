@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mm_model.errors import StageError
@@ -34,6 +34,7 @@ def repro(
     on_line: Callable[[str], None],
     *,
     force: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Bring the named stages, and what they need, up to date.
 
@@ -41,13 +42,23 @@ def repro(
         pipeline_dir: the folder that holds params.yaml and dvc.yaml.
         stages: names of stages in dvc.yaml.
         on_line: called with each line that DVC or a stage prints, as it comes.
-        force: run the stages even if nothing changed.
+        force: run just these stages, even if nothing changed; what they need must be there.
+        environment: variables for the stages, beside those of this process.
 
     Raises:
         StageError: a stage failed; the message is the stage's own last `error: …` line.
     """
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *stages]
+    command = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "repro",
+        *(["--force", "--single-item"] if force else []),
+        *stages,
+    ]
     tail: deque[str] = deque(maxlen=200)
+    # Stages are called `python …` in dvc.yaml: that has to be this environment's.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     # -P: this file's folder must not become importable, it would shadow dvc, mlflow and others.
     guard = subprocess.Popen(
         [sys.executable, "-P", __file__, *command],
@@ -56,7 +67,7 @@ def repro(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PATH": path, **(environment or {})},
     )
     assert guard.stdin is not None
     assert guard.stdout is not None

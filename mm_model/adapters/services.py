@@ -86,7 +86,8 @@ def _ok(service: str, path: str) -> bool:
 
 
 def _ray_answers() -> bool:
-    token = (state_dir() / "ray_token").read_text()
+    environment = service_environment()
+    token = os.environ.get("RAY_AUTH_TOKEN") or Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     answer = httpx.get(
         f"http://127.0.0.1:{port('ray_dashboard')}/nodes?view=summary",
         headers={"Authorization": f"Bearer {token}"},
@@ -181,17 +182,19 @@ def status(say: Callable[[str], None] = print) -> list[Status]:
 
 
 def _statuses() -> list[Status]:
-    states = _supervisor_states() or {}
+    states = _supervisor_states()
     memory: dict[str, list[float]] = {}
     for process, name in _ours():
         with contextlib.suppress(psutil.Error):
             memory.setdefault(name, []).append(process.memory_full_info().pss / 2**20)
     rows = []
     for service in SERVICES:
-        state, pid = states.get(service.name, ("STOPPED", 0))
+        used = memory.get(service.name, [])
+        state, pid = (states or {}).get(service.name, ("STOPPED", 0))
         if state == "RUNNING":
             state = "ready" if _answers(service) else "starting"
-        used = memory.get(service.name, [])
+        elif states is None and used:
+            state = "orphan"  # supervisord was killed: `mm up` or `mm down` ends these first
         rows.append(
             Status(service.name, state.lower(), pid or None, service.url, sum(used), len(used))
         )
