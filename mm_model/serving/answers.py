@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +48,37 @@ def answer(
     """A GeoTIFF for one target and one sample, a zip for more, a PNG if a picture is wanted."""
     if picture:
         return Answer(_picture(result, modalities), PNG, "generated.png")
-    tiffs = {
-        (name, k): _geotiff(result, modalities[name], k, provenance)
+    tiffs = geotiffs(result, modalities, provenance)
+    if len(tiffs) == 1:
+        ((file, content),) = tiffs.items()
+        return Answer(content, TIFF, file.name)
+    return Answer(_zip(result, tiffs, provenance), ZIP, "generated.zip")
+
+
+def geotiffs(
+    result: Result, modalities: Mapping[str, Modality], provenance: Provenance
+) -> dict[ManifestFile, bytes]:
+    """A GeoTIFF for each target and sample: `<target>.tif`, or `<target>_<sample>.tif`."""
+    several = provenance.samples > 1
+    return {
+        ManifestFile(
+            name=f"{name}_{k}.tif" if several else f"{name}.tif", modality=name, sample=k
+        ): _geotiff(result, modalities[name], k, provenance)
         for name, samples in result.values.items()
         for k in range(len(samples))
     }
-    if len(tiffs) == 1:
-        ((name, _), content) = next(iter(tiffs.items()))
-        return Answer(content, TIFF, f"{name}.tif")
-    return Answer(_zip(result, tiffs, provenance), ZIP, "generated.zip")
+
+
+def write_answer(
+    result: Result, modalities: Mapping[str, Modality], provenance: Provenance, folder: Path
+) -> list[Path]:
+    """Write the GeoTIFFs below a folder, which is made; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for file, content in geotiffs(result, modalities, provenance).items():
+        paths.append(folder / file.name)
+        paths[-1].write_bytes(content)
+    return paths
 
 
 def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance) -> bytes:
@@ -71,27 +94,21 @@ def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance)
     return content
 
 
-def _zip(result: Result, tiffs: Mapping[tuple[str, int], bytes], provenance: Provenance) -> bytes:
-    several = provenance.samples > 1
-    files = tuple(
-        ManifestFile(name=f"{name}_{k}.tif" if several else f"{name}.tif", modality=name, sample=k)
-        for name, k in tiffs
-    )
+def _zip(result: Result, tiffs: Mapping[ManifestFile, bytes], provenance: Provenance) -> bytes:
     manifest = Manifest(
         provenance=provenance,
         crs=result.grid.crs,
         transform=result.grid.transform,
         height=result.grid.height,
         width=result.grid.width,
-        files=files,
+        files=tuple(tiffs),
     )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:  # stored: the GeoTIFFs are compressed already
         archive.writestr(
             zipfile.ZipInfo(MANIFEST, _ZIP_DATE), manifest.model_dump_json(indent=2) + "\n"
         )
-        for file in files:
-            content = tiffs[file.modality, file.sample]
+        for file, content in tiffs.items():
             archive.writestr(zipfile.ZipInfo(file.name, _ZIP_DATE), content)
     return buffer.getvalue()
 

@@ -373,7 +373,9 @@ def _request_body(config: ServeConfig) -> dict[str, Any]:
         for modality in MODALITIES.values()
     }
     for name, meaning in FIELDS.items():
-        kind = {"type": "integer", **numbers[name]} if name in numbers else {"type": "string"}
+        kind: dict[str, Any] = {"type": "integer", **numbers.get(name, {})}
+        if name not in numbers:
+            kind = {"type": "string"}
         if name == "target":
             kind = {"type": "array", "items": {"type": "string", "enum": list(MODALITIES)}}
         properties[name] = {**kind, "description": meaning}

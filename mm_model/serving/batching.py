@@ -99,9 +99,7 @@ class Batcher:
                 continue
             self._on_batch(len(batch))
             try:
-                results = await asyncio.to_thread(
-                    batch[0].generator.sample, [item.request for item in batch]
-                )
+                results = await asyncio.to_thread(_sample, batch)
             except Exception as error:  # whatever it is, it is the callers' to know
                 for item in batch:
                     if not item.answer.done():
@@ -117,3 +115,17 @@ class Batcher:
         batch = [item for item in present if item.key == present[0].key][: self._max_batch]
         self._waiting = deque(item for item in present if item not in batch)
         return batch
+
+
+def _sample(batch: list[_Waiting]) -> list[Result]:
+    """Runs in a thread; gives up between two steps once every caller has left."""
+
+    def check() -> None:
+        if all(item.answer.done() for item in batch):
+            raise _AllLeftError
+
+    return batch[0].generator.sample([item.request for item in batch], check)
+
+
+class _AllLeftError(Exception):
+    """Nobody waits for the batch any more."""

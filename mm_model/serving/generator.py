@@ -6,7 +6,7 @@ The grid of an answer is that of the finest observed layer; the others are warpe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +69,7 @@ class Prepared:
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Requests with equal keys may share a batch."""
-        return self.grid.shape, self.targets, self.steps
+        return self.grid.shape, self.steps
 
 
 @dataclass(frozen=True)
@@ -148,15 +148,20 @@ class Generator:
             steps=request.steps,
         )
 
-    def sample(self, requests: Sequence[Prepared]) -> list[Result]:
-        """Answer checked requests; those with equal `batch_key` share batches."""
+    def sample(
+        self, requests: Sequence[Prepared], check: Callable[[], None] | None = None
+    ) -> list[Result]:
+        """Answer checked requests; those with equal `batch_key` share batches.
+
+        `check` is called between steps and may raise, to give up.
+        """
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[request.batch_key].append(index)
         results: dict[int, Result] = {}
         for indices in groups.values():
             group = [requests[i] for i in indices]
-            results.update(zip(indices, self._sample_group(group), strict=True))
+            results.update(zip(indices, self._sample_group(group, check), strict=True))
         return [results[i] for i in range(len(requests))]
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
@@ -235,8 +240,10 @@ class Generator:
             )
         return grid
 
-    def _sample_group(self, group: Sequence[Prepared]) -> list[Result]:
-        """Answer requests that share shape, targets and steps."""
+    def _sample_group(
+        self, group: Sequence[Prepared], check: Callable[[], None] | None
+    ) -> list[Result]:
+        """Answer requests that share shape and steps."""
         items = [
             (request, seed)
             for request in group
@@ -245,35 +252,38 @@ class Generator:
         height, width = group[0].grid.shape
         room = self.max_batch * self.manifest.patch_px**2 // (height * width)
         size = max(1, min(self.max_batch, room))
-        parts = [self._sample_batch(items[i : i + size]) for i in range(0, len(items), size)]
+        drawn = [
+            layers
+            for start in range(0, len(items), size)
+            for layers in self._sample_batch(items[start : start + size], check)
+        ]
         results, start = [], 0
         for request in group:
-            stop = start + request.samples
-            values = {
-                name: np.concatenate([part[name] for part in parts])[start:stop]
-                for name in request.targets
-            }
+            draws = drawn[start : start + request.samples]
+            start += request.samples
+            values = {name: np.stack([draw[name] for draw in draws]) for name in request.targets}
             results.append(Result(request.grid, values, request.valid))
-            start = stop
         return results
 
     @torch.inference_mode()
     def _sample_batch(
-        self, items: Sequence[tuple[Prepared, int]]
-    ) -> dict[str, NDArray[np.generic]]:
+        self, items: Sequence[tuple[Prepared, int]], check: Callable[[], None] | None
+    ) -> list[dict[str, NDArray[np.generic]]]:
+        """A draw of each item's targets: name → [bands, H, W]."""
         requests, seeds = [item[0] for item in items], [item[1] for item in items]
-        first = requests[0]
-        scene = self._scene(requests)
+        scene, codec = self._scene(requests), self._model.codec
         if scene.values:
-            x, mask = self._model.codec.encode(scene.to(self._device))
+            x, mask = codec.encode(scene.to(self._device))
         else:
-            x, mask = self._model.codec.empty(len(items), *first.grid.shape)
-        x = sample(self._model, x, mask, first.targets, seeds, first.steps)
-        decoded = self._model.codec.decode(x, first.targets)
-        return {
-            name: value.cpu().numpy().astype(self.modalities[name].dtype)
-            for name, value in decoded.items()
+            x, mask = codec.empty(len(items), *requests[0].grid.shape)
+        targets = [request.targets for request in requests]
+        x = sample(self._model, x, mask, targets, seeds, requests[0].steps, check=check)
+        wanted = [name for name in self.modalities if any(name in names for names in targets)]
+        decoded = {
+            name: value.cpu().numpy().astype(self.modalities[name].dtype, copy=False)
+            for name, value in codec.decode(x, wanted).items()
         }
+        return [{name: decoded[name][i] for name in names} for i, names in enumerate(targets)]
 
     def _scene(self, requests: Sequence[Prepared]) -> Scene:
         """What a batch observes; a request lacks what others observe by an empty mask."""

@@ -1,0 +1,113 @@
+"""A small model with constructed weights, and GeoTIFFs for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mm_model.api import ModelIdentity
+from mm_model.bundle import Bundle, Manifest
+from mm_model.codec import Codec
+from mm_model.config import ServeConfig
+from mm_model.data import raster
+from mm_model.geo.grid import Grid
+from mm_model.modalities import MODALITIES, Kind, Modality, Quantity
+from mm_model.nn.model import SceneModel, Size
+from mm_model.serving.batching import FixedModel, Served
+from mm_model.serving.generator import Generator, ObservedLayer
+
+NAMES = ("rgb", "sar", "dem", "map")  # nir stays unknown to this model
+PATCH_PX = 24
+# A transform whose numbers have no short decimal form.
+GRID = Grid("EPSG:32633", (10.1, 0.0, 500_000 / 3, 0.0, -9.9, 5_000_000 / 7), 24, 40)
+PLAUSIBLE = {
+    Quantity.REFLECTANCE: (0.02, 0.4),
+    Quantity.BACKSCATTER: (-25.0, -5.0),
+    Quantity.ELEVATION: (0.0, 600.0),
+    Quantity.TEMPERATURE: (270.0, 300.0),
+}
+
+
+def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
+    """Weights are random, those that start at zero too: every input reaches every output."""
+    modalities = tuple(MODALITIES[n] for n in names)
+    statistics = {"modalities": {m.name: _statistics(m) for m in modalities}}
+    seen = [{"modalities": list(names), "patches": 4}]
+    torch.manual_seed(seed)
+    model = SceneModel(
+        modalities, Size(8, 8, 16, 1, 1, 1, 2, 4), Codec(modalities, statistics), seen, PATCH_PX
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval().requires_grad_(False)
+    return Bundle(model, Manifest(model.config, 10.0, statistics, {"source": "constructed"}))
+
+
+def _statistics(modality: Modality) -> dict:
+    if modality.is_categorical:
+        return {"pixels": 9, "classes": {str(modality.class_codes[0]): 9}}
+    low, high = PLAUSIBLE[modality.quantity]
+    values = np.linspace(low, high, 50)
+    center, scale = (low + high) / 2, (high - low) / 4
+    seen = modality.transform.forward(values, center, scale, np)
+    return {
+        "pixels": 50,
+        "bands": [
+            {
+                "name": name,
+                "center": center,
+                "scale": scale,
+                "transformed_mean": float(seen.mean()),
+                "transformed_std": float(seen.std()),
+            }
+            for name in modality.band_names
+        ],
+    }
+
+
+def make_generator(**limits: int) -> Generator:
+    return Generator(make_bundle(), **limits)
+
+
+def make_source(version: str = "3", **limits: int) -> FixedModel:
+    identity = ModelIdentity(name="mm-test", version=version, run_id="f00d")
+    return FixedModel(Served(make_generator(**limits), identity))
+
+
+def serve_config(**changes: object) -> ServeConfig:
+    values = {
+        "route_prefix": "/",
+        "replicas": 1,
+        "max_batch": 4,
+        "batch_wait_ms": 5,
+        "max_queued": 32,
+        "max_side_px": 1024,
+        "max_samples": 16,
+        "deadline_s": 60,
+        "alias_poll_s": 1,
+        **changes,
+    }
+    return ServeConfig.model_validate(values)
+
+
+def make_layer(name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True) -> ObservedLayer:
+    """Plausible values, with an invalid corner."""
+    modality = MODALITIES[name]
+    rng = np.random.default_rng(seed)
+    shape = (len(modality.bands), *grid.shape)
+    if modality.kind is Kind.CATEGORICAL:
+        values = rng.choice(modality.class_codes, shape).astype(np.uint8)
+    else:
+        values = rng.uniform(*PLAUSIBLE[modality.quantity], shape).astype(np.float32)
+    valid = np.ones(grid.shape, np.bool_)
+    if hole:
+        valid[: grid.height // 4, : grid.width // 4] = False
+    return ObservedLayer(values, valid, grid)
+
+
+def geotiff(name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True) -> bytes:
+    layer = make_layer(name, grid, seed, hole)
+    content = raster.write_geotiff(None, layer.values, layer.valid, grid, MODALITIES[name])
+    assert content is not None
+    return content
