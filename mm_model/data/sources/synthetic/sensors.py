@@ -148,7 +148,7 @@ class Sensors:
         land, ground = self.land, self.ground
         east, north, _ = self.when.sun
         cold = -1.2 - self._air_c - 6 * (land.east * -east + land.north * -north)
-        if float(cold.max()) < -3:
+        if float(cold.max()) < -6:
             return np.zeros(self.frame.shape, np.float32)
         cold += 0.9 * fractal(key(self.seed, 50), self.frame, 500, 4, 0.6) - 0.7 * ground.grain
         caught = np.full(len(Cover), 0.9, np.float32)
