@@ -22,7 +22,7 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality, Quantity
 
 CRS = "EPSG:32633"
-_VERSION = 1  # to be raised whenever the same parameters give other pixels
+_VERSION = 2  # to be raised whenever the same parameters give other pixels
 _NAME = "synthetic"
 # Places lie on a lattice over the part of the UTM zone where its coordinates mean something.
 _SPACING_M = 25_000
