@@ -7,8 +7,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/mm
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-# torch first and alone: its index decides between CPU and CUDA, and it is the layer that changes least.
-RUN /opt/mm/bin/pip install --constraint constraints.txt --index-url "${TORCH_INDEX}" torch
+# torch first and alone: its index decides between CPU and CUDA, and the layer seldom changes. What it
+# needs comes with the rest, since that index has other versions of it.
+RUN /opt/mm/bin/pip install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY mm_model mm_model
 RUN /opt/mm/bin/pip install --constraint constraints.txt '.[train,serve,pipeline]'
 COPY infra/docker/requirements-server.txt requirements-server.txt

@@ -7,7 +7,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/mm
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN /opt/mm/bin/pip install --constraint constraints.txt --index-url "${TORCH_INDEX}" torch
+RUN /opt/mm/bin/pip install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY mm_model mm_model
 RUN /opt/mm/bin/pip install --constraint constraints.txt '.[serve]'
 
