@@ -120,10 +120,9 @@ def register(
         for known in client.search_model_versions(f"name='{config.model}'"):
             if known.tags.get("bundle_id") == bundle_id:
                 return int(known.version)
-        experiment = mlflow.set_experiment(config.model)
-        # A run that is resumed belongs to the experiment it was made in.
-        where = {"run_id": run_id} if run_id else {"experiment_id": experiment.experiment_id}
-        with mlflow.start_run(**where) as run:
+        if run_id is None:
+            run_id = client.create_run(_experiment(client, config.model)).info.run_id
+        with mlflow.start_run(run_id) as run:
             mlflow.log_artifacts(str(reports_dir), "reports")
             figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | None)}
             known = {f"test_{k}": float(v) for k, v in figures.items() if v is not None}
@@ -303,6 +302,12 @@ def _ensure_model(client: mlflow.MlflowClient, model: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _experiment(client: mlflow.MlflowClient, model: str) -> str:
+    """The id of the model's experiment, which bears its name."""
+    found = client.get_experiment_by_name(model)
+    return str(found.experiment_id if found else client.create_experiment(model))
 
 
 def _version(client: mlflow.MlflowClient, model: str, version: int) -> ModelVersion:

@@ -26,7 +26,7 @@ from mm_model.data.patch import Patch
 from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.evaluation import metrics
-from mm_model.generative.sampler import sample
+from mm_model.generative.sampler import decode_scene, sample
 from mm_model.modalities import Modality, Quantity
 from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import collate
@@ -185,6 +185,36 @@ class _Generator:
             self._config.steps,
         )
         return self._split(generated, targets, count)
+
+    def scene_color_correlation(self, patches: Sequence[Patch]) -> float:
+        """Correlation of a patch's mean reflectance, decoded from its own scene z with nothing else
+        shown, with the truth; mean over the reflectance modalities, NaN if it is not known.
+
+        Near 1 where the decoder listens to the scene; it falls long before pictures look wrong.
+        """
+        model = self._model
+        found = []
+        for modality in model.modalities:
+            if modality.quantity is not Quantity.REFLECTANCE:
+                continue
+            pairs = []
+            fit = [p for p in patches if modality.name in p.layers]
+            for batch in (fit[i : i + _BATCH] for i in range(0, len(fit), _BATCH)):
+                x, mask = model.codec.encode(collate(batch, model.modalities))
+                with torch.no_grad():
+                    z = model.encode(x, mask).z
+                seeds = [self._seed(p.patch_id, 0) for p in batch]
+                empty = torch.zeros_like(x), torch.zeros_like(mask)
+                made = decode_scene(model, *empty, z, [modality.name], seeds, self._config.steps)
+                decoded = model.codec.decode(made, [modality.name])[modality.name].numpy()
+                for patch, values in zip(batch, decoded, strict=True):
+                    layer = patch.layers[modality.name]
+                    if layer.valid.any():
+                        pairs.append((values[:, layer.valid], layer.values[:, layer.valid]))
+            levels = np.array([[made.mean(), real.mean()] for made, real in pairs])
+            if len(levels) > 1 and levels.std(axis=0).all():
+                found.append(np.corrcoef(levels.T)[0, 1])
+        return float(np.mean(found)) if found else math.nan
 
     def joint(self, count: int) -> dict[str, Samples]:
         """Sets of all modalities from nothing: name → [count, bands, H, W]."""
