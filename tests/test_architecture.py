@@ -154,50 +154,46 @@ def test_flows_compute_nothing() -> None:
 
 
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import importlib, sys
 
 FORBIDDEN = ("socket.connect", "socket.bind", "subprocess.Popen", "os.system", "os.fork")
+vendors, modules = (line.split() for line in sys.stdin)
+current = None
 
 def guard(event, args):
-    if event in FORBIDDEN and armed:
-        raise RuntimeError(f"{event}{args!r:.120} while importing {armed[-1]}")
+    if event in FORBIDDEN:
+        raise RuntimeError(f"{event}{args!r:.120} while importing {current}")
 
-armed = []
-# What vendors do when imported is theirs: have them loaded before the guard is armed.
-for vendor in sys.argv[1:]:
+# What vendors do when imported is theirs: have them loaded before the guard stands.
+for vendor in vendors:
     importlib.import_module(vendor)
 sys.addaudithook(guard)
 failed = []
-for package in ("mm_model", "flows"):
-    root = importlib.import_module(package)
-    for found in pkgutil.walk_packages(root.__path__, package + "."):
-        if found.name.endswith("__main__"):
-            continue
-        armed.append(found.name)
-        try:
-            importlib.import_module(found.name)
-        except BaseException as error:
-            failed.append(f"{found.name}: {type(error).__name__}: {error}")
-        armed.pop()
+for current in modules:
+    try:
+        importlib.import_module(current)
+    except BaseException as error:
+        failed.append(f"{current}: {type(error).__name__}: {error}")
 if failed:
     sys.exit("\\n".join(failed))
 """
 
 
-def test_every_module_imports_without_side_effects(tmp_path: Path) -> None:
-    """In an empty folder, without network, processes or parameters; nothing may be left there."""
-    cwd, home = tmp_path / "empty", tmp_path / "home"
+def import_all(
+    root: Path, folder: Path, vendors: list[str], modules: list[str]
+) -> subprocess.CompletedProcess[str]:
+    """Import in an empty folder, without network, processes or parameters."""
+    cwd, home = folder / "empty", folder / "home"
     cwd.mkdir()
     home.mkdir()
-    vendors = ["torch", "pandas", "ray.train.torch", "ray.serve", "mlflow", "prefect"]
-    vendors += ["great_expectations", "matplotlib.figure", "rasterio", "fastapi"]
     result = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT_ALL, *vendors],
+        [sys.executable, "-B", "-c", IMPORT_ALL],
+        input=f"{' '.join(vendors)}\n{' '.join(modules)}\n",
         cwd=cwd,
         env={
             "PATH": "/usr/bin:/bin",
             "HOME": str(home),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(root),
             "PREFECT_HOME": str(home / "prefect"),
             "DO_NOT_TRACK": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -205,8 +201,33 @@ def test_every_module_imports_without_side_effects(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
     assert not list(cwd.iterdir())
+    return result
+
+
+def test_every_module_imports_without_side_effects(tmp_path: Path) -> None:
+    vendors = ["torch", "pandas", "ray.train.torch", "ray.serve", "mlflow", "prefect"]
+    vendors += ["great_expectations", "matplotlib.figure", "rasterio", "fastapi"]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in python_files("mm_model", "flows")
+        if path.stem != "__main__"
+    ]
+    result = import_all(ROOT, tmp_path, vendors, modules)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+        "import os; os.system('true')",
+    ],
+)
+def test_a_side_effect_would_be_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "wrong.py").write_text(line)
+    result = import_all(tmp_path, tmp_path, [], ["wrong"])
+    assert "while importing wrong" in result.stderr
 
 
 # --- names, sizes, forms ---------------------------------------------------------------------
