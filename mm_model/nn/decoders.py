@@ -11,8 +11,10 @@ from mm_model.nn.blocks import (
     Block,
     ResidualBlock,
     TimeFeatures,
+    fold,
     to_image,
     to_tokens,
+    unfold,
     zero_,
 )
 from mm_model.nn.scene_encoder import FINE_STRIDE, STRIDE
@@ -38,19 +40,19 @@ class Decoder(nn.Module):
         self.pixels = nn.Conv2d(channels * cell, width, 3, padding=1)
         self.roles = nn.Linear(2 * modalities, width, bias=False)
         self.down_blocks = nn.ModuleList(ResidualBlock(width, dim) for _ in range(2))
-        self.down = nn.Conv2d(width, dim, 2, stride=2)
+        self.down = nn.Linear(4 * width, dim)
         self.from_scene = nn.Linear(z, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.up = nn.Linear(dim, 4 * width)
-        self.skip = nn.Conv2d(2 * width, width, 1)
+        self.skip = nn.Linear(2 * width, width)
         self.up_blocks = nn.ModuleList(ResidualBlock(width, dim) for _ in range(2))
         self.out_norm = AdaptiveGroupNorm(width, dim)
-        self.base = nn.Conv2d(width, channels * cell, 1)
+        self.base = nn.Linear(width, channels * cell)
 
         # The head at full resolution makes the pictures; the shortcuts from z, there from the first
         # step, keep it from learning to ignore the scene (docs: colour spread .256 → .064 without).
         fine = max(32, width // 3)
-        self.to_fine = nn.Conv2d(width, FINE_CHANNELS * cell, 1)
+        self.to_fine = nn.Linear(width, FINE_CHANNELS * cell)
         self.fine_in = nn.Conv2d(FINE_CHANNELS + channels, fine, 3, padding=1)
         self.fine_norm = AdaptiveGroupNorm(fine, dim)
         self.fine_out = zero_(nn.Conv2d(fine, channels, 3, padding=1))
@@ -72,22 +74,24 @@ class Decoder(nn.Module):
         condition = F.silu(condition + self.mean_scene(z.mean((2, 3))))
 
         roles = F.avg_pool2d(torch.cat([present, wanted], 1), FINE_STRIDE)
-        skip = self.pixels(F.pixel_unshuffle(x, FINE_STRIDE))
+        pixels = to_tokens(x)
+        skip = self.pixels(to_image(fold(pixels, FINE_STRIDE)))
         skip = skip + to_image(self.roles(to_tokens(roles)))
         for residual in self.down_blocks:
             skip = residual(skip, condition)
-        tokens = to_tokens(self.down(skip)) + self.from_scene(to_tokens(z))
+        tokens = self.down(fold(to_tokens(skip), STRIDE // FINE_STRIDE))
+        tokens = tokens + self.from_scene(to_tokens(z))
         for block in self.blocks:
             tokens = block(tokens, modulation)
-        up = F.pixel_shuffle(to_image(self.up(tokens)), STRIDE // FINE_STRIDE)
-        features = self.skip(torch.cat([up, skip], 1))
+        up = unfold(self.up(tokens), STRIDE // FINE_STRIDE)
+        features = to_image(self.skip(torch.cat([up, to_tokens(skip)], -1)))
         for residual in self.up_blocks:
             features = residual(features, condition)
-        features = F.silu(self.out_norm(features, condition))
+        features = to_tokens(F.silu(self.out_norm(features, condition)))
 
-        base = F.pixel_shuffle(self.base(features), FINE_STRIDE)
-        fine = F.pixel_shuffle(self.to_fine(features), FINE_STRIDE)
-        fine = self.fine_in(torch.cat([fine, x.to(fine.dtype)], 1))
+        base = to_image(unfold(self.base(features), FINE_STRIDE))
+        fine = unfold(self.to_fine(features), FINE_STRIDE)
+        fine = self.fine_in(to_image(torch.cat([fine, pixels.to(fine.dtype)], -1)))
         fine = self.fine_out(F.silu(self.fine_norm(fine, condition)))
         coarse = to_image(self.coarse(to_tokens(z))).float()
         coarse = F.interpolate(coarse, scale_factor=STRIDE, mode="bilinear", align_corners=False)

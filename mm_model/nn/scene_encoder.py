@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_model.nn.blocks import Block, ResidualBlock, to_image, to_tokens
+from mm_model.nn.blocks import Block, ResidualBlock, fold, to_image, to_tokens
 
 STRIDE = 8  # pixels a token's side
 FINE_STRIDE = 4  # pixels a convolutional feature's side
@@ -34,16 +34,16 @@ class SceneEncoder(nn.Module):
         self.pixels = nn.Conv2d(channels * FINE_STRIDE**2, width, 3, padding=1)
         self.presence = nn.Linear(modalities, width, bias=False)
         self.residual = ResidualBlock(width)
-        self.patch = nn.Conv2d(width, dim, 2, stride=2)
+        self.patch = nn.Linear(4 * width, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.to_scene = nn.Linear(dim, z)
 
     def forward(self, x: Tensor, mask: Tensor) -> Encoded:
         """x: [B, C, H, W], 0 where unknown; mask: bool [B, M, H, W]; H and W multiples of 8."""
         coverage = F.avg_pool2d(mask.to(x.dtype), FINE_STRIDE)
-        features = self.pixels(F.pixel_unshuffle(x, FINE_STRIDE))
+        features = self.pixels(to_image(fold(to_tokens(x), FINE_STRIDE)))
         features = features + to_image(self.presence(to_tokens(coverage)))
-        tokens = to_tokens(self.patch(self.residual(features)))
+        tokens = self.patch(fold(to_tokens(self.residual(features)), STRIDE // FINE_STRIDE))
         for block in self.blocks:
             tokens = block(tokens)
         h = F.layer_norm(tokens, tokens.shape[-1:])
