@@ -16,6 +16,9 @@ from mm_model.nn.model import SceneModel, Size
 from mm_model.serving.batching import FixedModel, Served
 from mm_model.serving.generator import Generator, ObservedLayer
 
+# Layers this small gain nothing from threads, and lose much where the cores are busy.
+torch.set_num_threads(1)
+
 NAMES = ("rgb", "sar", "dem", "map")  # nir stays unknown to this model
 PATCH_PX = 24
 # A transform whose numbers have no short decimal form.
