@@ -131,7 +131,12 @@ class ShardWriter:
         path.mkdir(parents=True)
 
     def add(self, patch: Patch) -> None:
-        """Append a patch; one without layers is an error."""
+        """Append a patch; one without layers, or with a modality not declared, is an error."""
+        foreign = sorted(set(patch.layers) - set(self._modalities))
+        if foreign:
+            raise DataError(
+                f"layers of patch {patch.patch_id}", got=foreign, allowed=sorted(self._modalities)
+            )
         self._append(patch, {n: describe(patch, self._modalities[n]) for n in patch.layers})
 
     def copy(self, store: PatchStore, position: int) -> None:

@@ -200,7 +200,7 @@ def _plain(value: Any) -> Any:
 _FOREIGN = re.compile(
     r'<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*src="http[^>]*>'
     r'|<div class="modal\b.*?(?=<div class="container|</body>)|<footer\b.*?</footer>'
-    r'|<a\b[^>]*href="http[^>]*>.*?</a>',
+    r'|<a\b[^>]*href="http[^>]*>.*?</a>|background(?:-image)?:\s*url\([^)]*http[^)]*\)',
     re.DOTALL | re.IGNORECASE,
 )
 _STYLE = """<style>

@@ -1,0 +1,147 @@
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from data_fixtures import make_store
+
+from mm_model.config import SplitConfig
+from mm_model.data.split import TRAIN, VALIDATION, make_splits
+from mm_model.data.validate import validate
+from mm_model.errors import DataError
+from mm_model.modalities import MODALITIES
+
+ALL = tuple(MODALITIES.values())
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    path = tmp_path_factory.mktemp("validate") / "store"
+    index = make_store(path, 12, ALL, shape=(SIDE, SIDE)).index
+    splits = make_splits(index, SplitConfig(seed=0, train=0.6, validation=0.2, margin_m=0))
+    return index, splits
+
+
+def judge(index, splits, folder):
+    return validate(
+        index,
+        splits,
+        ALL,
+        patch_px=SIDE,
+        min_valid_fraction=0.3,
+        report=folder / "validation.json",
+        docs=folder / "docs",
+    )
+
+
+def test_a_sound_index_passes_and_equal_data_give_an_equal_report(tables, tmp_path):
+    assert judge(*tables, tmp_path) > 2 * len(ALL)
+    first = (tmp_path / "validation.json").read_bytes()
+    judge(*tables, tmp_path)
+    assert (tmp_path / "validation.json").read_bytes() == first
+    assert json.loads(first)["success"] is True
+
+
+def test_the_page_needs_no_network(tables, tmp_path):
+    judge(*tables, tmp_path)
+    page = (tmp_path / "docs/index.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["']http|url\(["']?http|<script""", page)
+    assert "must never be null" in page
+    for modality in ALL:
+        assert modality.name in page
+
+
+def set_cell(column, value, modality=None):
+    """Plant a value in one row; returns the row's key."""
+
+    def plant(index, splits):
+        rows = index.index if modality is None else index.index[index["modality"] == modality]
+        row = rows[len(rows) // 2]
+        index[column] = index[column].astype(object)
+        index.loc[row, column] = value
+        index[column] = index[column].infer_objects()
+        return index.loc[row, "patch_id"]
+
+    return plant
+
+
+def move(places, to):
+    def plant(index, splits):
+        chosen = places(splits)
+        splits.loc[chosen, "split"] = to
+        return None
+
+    return plant
+
+
+def duplicate(index, splits):
+    index.loc[len(index)] = index.iloc[4]
+    return index.iloc[4]["patch_id"]
+
+
+def drop_from_train(index, splits):
+    train = splits.loc[splits["split"] == TRAIN, "patch_id"]
+    gone = index["patch_id"].isin(train) & (index["modality"] == ALL[3].name)
+    index.drop(index.index[gone], inplace=True)
+
+
+def half_a_place(splits):
+    place = splits.loc[splits["split"] == TRAIN, "place_id"].iloc[0]
+    return splits.index[splits["place_id"] == place][:1]
+
+
+def unsplit(index, splits):
+    row = splits.index[splits["split"] == VALIDATION][0]
+    patch = splits.loc[row, "patch_id"]
+    splits.drop(row, inplace=True)
+    return patch
+
+
+NUMBER, CLASS = ALL[2], next(m for m in ALL if m.is_categorical)
+FAULTS = {
+    "twice": (duplicate, {("compound_columns_to_be_unique", "")}),
+    "low": (set_cell("min", NUMBER.valid_range[0] - 1, NUMBER.name), {("between", "min")}),
+    "high": (set_cell("max", NUMBER.valid_range[1] + 1, NUMBER.name), {("between", "max")}),
+    "class": (set_cell("min", 11, CLASS.name), {("in_set", "min")}),
+    "thin": (set_cell("valid_fraction", 0.1), {("between", "valid_fraction")}),
+    "height": (
+        set_cell("height", SIDE + 1, ALL[0].name),
+        {("in_set", "height"), ("between", "grids_of_patch")},
+    ),
+    "shifted": (set_cell("c", 0.0, ALL[0].name), {("between", "grids_of_patch")}),
+    "gsd": (set_cell("gsd_m", 20.0), {("between", "pixels_per_gsd")}),
+    "digest": (set_cell("sha256", "abc"), {("regex", "sha256")}),
+    "date": (set_cell("acquired_at", "June"), {("regex", "acquired_at")}),
+    "mean": (set_cell("mean", np.nan), {("null", "mean")}),
+    "no split": (unsplit, {("null", "split")}),
+    "torn place": (move(half_a_place, "test"), {("between", "splits_of_place")}),
+    "no test": (
+        move(lambda s: s.index[s["split"] == "test"], VALIDATION),
+        {("contain_set", "split")},
+    ),
+    "odd split": (
+        move(lambda s: s.index[s["split"] == VALIDATION], "holdout"),
+        {("in_set", "split")},
+    ),
+    "unlearnable": (drop_from_train, {("contain_set", "modality")}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_fails_its_expectation_alone_and_is_named(fault, tables, tmp_path):
+    plant, expected = FAULTS[fault]
+    index, splits = (pd.DataFrame(t).copy() for t in tables)
+    patch = plant(index, splits)
+    with pytest.raises(DataError) as raised:
+        judge(index, splits, tmp_path)
+    report = json.loads((tmp_path / "validation.json").read_text())
+    failed = [e for e in report["expectations"] if not e["success"]]
+    found = {(e["expectation"], e["arguments"].get("column", "")) for e in failed}
+    assert len(failed) == len(expected)
+    for name, column in expected:
+        assert any(name in f[0] and f[1] == column for f in found), found
+    if patch:
+        assert patch in str(raised.value)
+    assert (tmp_path / "docs/index.html").is_file()
