@@ -7,6 +7,7 @@ finished run is never taken up by accident, and a run survives another release o
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -193,6 +194,7 @@ def _cluster(config: TrainConfig) -> Iterator[None]:
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, config.workers + 1),
                 include_dashboard=False,
+                logging_level=logging.WARNING,
                 # Its own, though none is started: else a dashboard of another Ray at the default
                 # port is asked about our workers, knows none, and has them killed.
                 dashboard_port=_free_port(),

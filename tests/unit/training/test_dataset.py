@@ -3,46 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from training_fixtures import HEIGHT, MAP, RGB, SAR, WIDTH, dataset, patch
 
-from mm_model.data.patch import Layer, Patch
 from mm_model.errors import DataError
-from mm_model.geo.grid import Grid
-from mm_model.modalities import MODALITIES
-from mm_model.training.dataset import PatchDataset, batch_order, collate
-
-RGB, SAR, MAP = (MODALITIES[n] for n in ("rgb", "sar", "map"))
-HEIGHT, WIDTH = 12, 8
-
-
-def patch(i: int, *modalities, height: int = HEIGHT) -> Patch:
-    rng = np.random.default_rng(i)
-    layers = {
-        m.name: Layer(
-            rng.choice(m.class_codes, (1, height, WIDTH)).astype(np.uint8)
-            if m.is_categorical
-            else rng.random((len(m.bands), height, WIDTH)).astype(np.float32),
-            rng.random((height, WIDTH)) < 0.9,
-        )
-        for m in modalities
-    }
-    grid = Grid("EPSG:32632", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), height, WIDTH)
-    return Patch(f"p{i}", f"place{i // 2}", "test", grid, 10.0, layers)
-
-
-class ListStore:
-    """A store in memory, of patches that lack one modality or another."""
-
-    def __init__(self, count: int) -> None:
-        sets = [(RGB, SAR), (SAR, MAP), (RGB, SAR, MAP)]
-        self.patches = [patch(i, *sets[i % 3]) for i in range(count)]
-
-    def read(self, i, modalities=None) -> Patch:
-        return self.patches[i]
-
-
-def dataset(batch: int = 6, count: int = 23, positions=None, seed: int = 3) -> PatchDataset:
-    chosen = range(count) if positions is None else positions
-    return PatchDataset(ListStore(count), chosen, (RGB, SAR, MAP), seed=seed, batch=batch)
+from mm_model.training.dataset import batch_order, collate
 
 
 def test_each_epoch_sees_every_patch_once():
@@ -105,7 +69,7 @@ def test_collate_keeps_class_codes_whole():
 
 def test_frames_of_a_batch_must_agree():
     with pytest.raises(DataError, match="frames"):
-        collate([patch(0, RGB), patch(1, RGB, height=16)], (RGB,))
+        collate([patch(0, RGB), patch(1, RGB, height=HEIGHT + 8)], (RGB,))
     with pytest.raises(DataError, match="frames"):
         collate([], (RGB,))
 
