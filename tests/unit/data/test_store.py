@@ -130,9 +130,13 @@ def test_errors_say_what_to_do(tmp_path):
 
 
 def test_a_half_written_folder_is_no_store(tmp_path):
-    with pytest.raises(KeyError, match="stop"), ShardWriter(tmp_path / "s", PAIR, 4) as writer:
-        writer.add(next(place_patches(0, PAIR)))
-        raise KeyError("stop")
+    def stop_halfway():
+        with ShardWriter(tmp_path / "s", PAIR, 4) as writer:
+            writer.add(next(place_patches(0, PAIR)))
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        stop_halfway()
     with pytest.raises(DataError, match="no patch store"):
         PatchStore(tmp_path / "s")
 
