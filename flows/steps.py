@@ -9,7 +9,7 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 
 from mm_model.adapters import dvc
 from mm_model.adapters.environment import project_root
@@ -27,7 +27,7 @@ def folder_of(pipeline: str) -> Path:
     return folder
 
 
-@task(task_run_name="dvc repro {stages}")
+@task(task_run_name=lambda: f"dvc repro {' '.join(task_run.parameters['stages'])}")
 def run_stages(pipeline: str, stages: tuple[str, ...], force: bool) -> None:
     """`dvc repro` of the stages and all they need; no retry, since data do not mend themselves."""
     logger = get_run_logger()
