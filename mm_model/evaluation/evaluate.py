@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +33,12 @@ from mm_model.modalities import Modality, Quantity
 from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import collate
 
-_BATCH = 32  # images sampled at once: more gains nothing on CPU and costs memory
+_BATCH = 16  # images sampled at once: more gains nothing on CPU and costs memory
 _SHOWN = 4  # patches of a picture sheet
 _JOINT = 6  # sets generated from nothing
 
+T = TypeVar("T")
+U = TypeVar("U")
 Samples = NDArray[Any]  # [samples, bands, H, W], physical units or class codes
 
 
@@ -119,13 +123,19 @@ def evaluate(
     generator = _Generator(bundle.model, config)
     scores: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {row: [] for row in rows}
     examples: list[Example] = []
-    for observed, batch in track(
-        _jobs(rows, patches, max(1, _BATCH // config.samples)),
+    jobs = _jobs(rows, patches, max(1, _BATCH // config.samples))
+
+    def draw(job: tuple[tuple[str, ...], list[Patch]]) -> list[dict[str, _Draws]]:
+        observed, batch = job
+        return generator.draw(batch, observed, [n for n in names if n not in observed])
+
+    for (observed, batch), draws in track(
+        zip(jobs, _in_parallel(draw, jobs), strict=True),
+        total=len(jobs),
         description="evaluating",
         console=Console(stderr=True),
     ):
-        targets = [n for n in names if n not in observed]
-        for patch, drawn in zip(batch, generator.draw(batch, observed, targets), strict=True):
+        for patch, drawn in zip(batch, draws, strict=True):
             for modality in modalities:
                 row = (observed, modality.name)
                 if row in scores and modality.name in patch.layers:
@@ -197,33 +207,41 @@ class _Generator:
         for modality in model.modalities:
             if modality.quantity is not Quantity.REFLECTANCE:
                 continue
-            pairs = []
             fit = [p for p in patches if modality.name in p.layers]
-            for batch in (fit[i : i + _BATCH] for i in range(0, len(fit), _BATCH)):
-                x, mask = model.codec.encode(collate(batch, model.modalities))
-                with torch.no_grad():
-                    z = model.encode(x, mask).z
-                seeds = [self._seed(p.patch_id, 0) for p in batch]
-                empty = torch.zeros_like(x), torch.zeros_like(mask)
-                made = decode_scene(model, *empty, z, [modality.name], seeds, self._config.steps)
-                decoded = model.codec.decode(made, [modality.name])[modality.name].numpy()
-                for patch, values in zip(batch, decoded, strict=True):
-                    layer = patch.layers[modality.name]
-                    if layer.valid.any():
-                        pairs.append((values[:, layer.valid], layer.values[:, layer.valid]))
-            levels = np.array([[made.mean(), real.mean()] for made, real in pairs])
+            made = list(_in_parallel(partial(self._from_own_scene, modality.name), fit))
+            layers = [patch.layers[modality.name] for patch in fit]
+            pairs = [
+                (values[:, layer.valid], layer.values[:, layer.valid])
+                for values, layer in zip(made, layers, strict=True)
+                if layer.valid.any()
+            ]
+            levels = np.array([[guess.mean(), real.mean()] for guess, real in pairs])
             if len(levels) > 1 and levels.std(axis=0).all():
                 found.append(np.corrcoef(levels.T)[0, 1])
         return float(np.mean(found)) if found else math.nan
 
+    def _from_own_scene(self, target: str, patch: Patch) -> NDArray[Any]:
+        model = self._model
+        x, mask = self._encode([patch], list(patch.layers))
+        with torch.no_grad():
+            z = model.encode(x, mask).z
+        nothing = torch.zeros_like(x), torch.zeros_like(mask)
+        seeds = [self._seed(patch.patch_id, 0)]
+        made = decode_scene(model, *nothing, z, [target], seeds, self._config.steps)
+        decoded: NDArray[Any] = model.codec.decode(made, [target])[target][0].numpy()
+        return decoded
+
     def joint(self, count: int) -> dict[str, Samples]:
         """Sets of all modalities from nothing: name → [count, bands, H, W]."""
         model = self._model
-        x, mask = model.codec.empty(count, model.patch_px, model.patch_px)
-        seeds = [self._seed("joint", k) for k in range(count)]
-        generated = sample(model, x, mask, model.names, seeds, self._config.steps)
-        decoded = model.codec.decode(generated, model.names)
-        return {name: values.numpy() for name, values in decoded.items()}
+
+        def draw(seed: int) -> dict[str, torch.Tensor]:
+            x, mask = model.codec.empty(1, model.patch_px, model.patch_px)
+            made = sample(model, x, mask, model.names, [seed], self._config.steps)
+            return model.codec.decode(made, model.names)
+
+        sets = list(_in_parallel(draw, [self._seed("joint", k) for k in range(count)]))
+        return {name: np.concatenate([s[name].numpy() for s in sets]) for name in model.names}
 
     def _encode(
         self, patches: Sequence[Patch], observed: Sequence[str]
@@ -255,6 +273,20 @@ class _Generator:
     def _seed(self, what: str, k: int) -> int:
         digest = hashlib.sha256(f"{self._config.seed}:{what}:{k}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _in_parallel(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+    """Results in order, one core an item: the sampler works on one image at a time, which is too
+    little for several threads (on a busy machine they wait for each other 40 times as long).
+    """
+    threads = torch.get_num_threads()
+    # Each thread sets its own; this one keeps what it has.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _jobs(
