@@ -39,6 +39,7 @@ from mm_model.training.state import Checkpoints
 
 # A worker that waits longer than this for another one gives up, and Ray starts both anew.
 _COLLECTIVE_TIMEOUT_S = 600
+_SCRATCH = "mm-train-"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def _cluster(config: TrainConfig) -> Iterator[None]:
             ray.init(address=environment.ray_address(), log_to_driver=False)
         else:
             # Short, since Ray puts sockets below it whose paths may not exceed 107 bytes.
-            scratch = tempfile.mkdtemp(prefix="mm-train-", dir="/tmp")
+            _drop_stale_scratch()
+            scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir="/tmp")
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, config.workers + 1),
@@ -220,6 +222,14 @@ def _ensure_token() -> None:
         return
     with os.fdopen(descriptor, "w") as stream:
         stream.write(secrets.token_hex(32))
+
+
+def _drop_stale_scratch() -> None:
+    """Remove what drivers of ours that were killed hard have left."""
+    for folder in Path("/tmp").glob(f"{_SCRATCH}*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if folder.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(address: str) -> bool:
