@@ -34,7 +34,8 @@ PLAUSIBLE = {
 def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
     """Weights are random, those that start at zero too: every input reaches every output."""
     modalities = tuple(MODALITIES[n] for n in names)
-    statistics = {"modalities": {m.name: _statistics(m) for m in modalities}}
+    measured = {m.name: _statistics(m) for m in modalities}
+    statistics = {"patches": 4, "places": 2, "modalities": measured}
     seen = [{"modalities": list(names), "patches": 4}]
     torch.manual_seed(seed)
     model = SceneModel(
