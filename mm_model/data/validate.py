@@ -32,24 +32,24 @@ _NAMED_ROWS = 20
 _COMPLETE = (
     *KEY,
     *("place_id", "source", "crs", "height", "width", "gsd_m", "sha256", "split"),
-    *("min", "max", "mean", "valid_fraction", *"abcdef"),
+    *("min", "max", "mean", "valid_fraction", "pixels_per_gsd"),
 )
 
 
 def judged_frame(index: pd.DataFrame, splits: pd.DataFrame) -> pd.DataFrame:
     """The index with `split` and what is derived from it.
 
-    `pixels_per_gsd` is the pixel's side, from the transform, over gsd_m; `grids_of_patch` counts
-    the grids that layers of a patch have; `splits_of_place` counts the splits that patches of a
-    place are in, where margin counts as training.
+    `pixels_per_gsd` is the side of a pixel over gsd_m, of both sides that which is farther from 1,
+    and null where the transform is incomplete; `grids_of_patch` counts the grids that layers of a
+    patch have; `splits_of_place` counts the splits that patches of a place are in, where margin
+    counts as training.
     """
     frame = index.merge(splits[["patch_id", "split"]], on="patch_id", how="left")
-    sides = np.hypot(frame["a"], frame["d"]), np.hypot(frame["b"], frame["e"])
-    determinant = frame["a"] * frame["e"] - frame["b"] * frame["d"]
-    area = determinant.abs() / frame["gsd_m"] ** 2
-    worst = np.maximum(np.abs(sides[0] / frame["gsd_m"] - 1), np.abs(sides[1] / frame["gsd_m"] - 1))
-    frame["pixels_per_gsd"] = np.where(worst > np.abs(np.sqrt(area) - 1), 1 + worst, np.sqrt(area))
-    grid = frame[["crs", *"abcdef", "height", "width"]].astype(str).agg("|".join, axis=1)
+    along = np.hypot(frame["a"], frame["d"]) / frame["gsd_m"]
+    across = np.hypot(frame["b"], frame["e"]) / frame["gsd_m"]
+    frame["pixels_per_gsd"] = along.where((along - 1).abs() > (across - 1).abs(), across)
+    frame.loc[frame[[*"abcdef"]].isna().any(axis=1), "pixels_per_gsd"] = np.nan
+    grid = frame.groupby(["crs", *"abcdef", "height", "width"], dropna=False).ngroup()
     frame["grids_of_patch"] = grid.groupby(frame["patch_id"]).transform("nunique")
     side = frame["split"].replace(MARGIN, TRAIN)
     frame["splits_of_place"] = side.groupby(frame["place_id"]).transform("nunique")
