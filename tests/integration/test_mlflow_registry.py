@@ -249,7 +249,8 @@ def test_a_version_that_does_not_load_fails_its_gate(at_server, tmp_path):
     bundle = registry.fetch_bundle(model, version, tmp_path / "fetched")
     weights = bundle / "weights.safetensors"
     weights.write_bytes(b"broken")
-    logged = at_server.get_logged_model(at_server.get_model_version(model, str(version)).model_id)
+    model_id = mlflow.models.Model.load(f"models:/{model}/{version}").model_id
+    logged = at_server.get_logged_model(model_id)
     stored = get_artifact_repository(logged.artifact_location)
     stored.log_artifact(str(weights), f"artifacts/{bundle.name}")
     verdict = registry.gate(model, version, GATE, evaluate_champion=never)
