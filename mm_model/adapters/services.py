@@ -39,7 +39,7 @@ from mm_model.errors import ServiceError
 
 WORK_POOL = "local"
 RAY_CPUS = 6  # logical: 2 training workers, their driver, the endpoint's proxy and replicas
-START_S = 180.0
+START_S = 300.0  # a busy small machine needs a third of that
 STOP_S = 20.0
 MARK = "MM_SERVICES"
 
