@@ -1,8 +1,8 @@
 """Sampling: a scene from whatever is observed, then every target from the scene.
 
 Works on canvases of any size, in windows of the size that the model was trained on; windows share
-one canvas at every step, so there are no seams. Runs in chunks of one fixed shape, so that a sample
-does not depend on its batch.
+one canvas at every step, so there are no seams. A sample does not depend on its batch: bitwise on
+CPU, to rounding elsewhere.
 """
 
 from __future__ import annotations
@@ -205,37 +205,29 @@ def _estimator(model: Generative) -> Callable[..., Tensor]:
 
 
 class _Chunks:
-    """Runs a function over a batch, in chunks of one fixed size.
+    """Runs a function over a batch, in chunks that fit.
 
-    Matrix products round differently for different numbers of rows; with one shape for every call a
-    sample is bitwise the same in any batch (CPU, fp32).
+    In fp32 on CPU a chunk is one window: matrix products round differently for different numbers of
+    rows (1e-6 seen), and so a sample is bitwise the same in any batch. In bf16 the CPU's kernels
+    are bitwise the same for any chunk anyway (measured on AVX512-BF16), and eight at once cost
+    8 cpu-ms a window and step instead of 14 (fp32: 24).
     """
 
     def __init__(self, device: torch.device, precision: str) -> None:
         if precision not in ("fp32", "bf16"):
             raise RequestError("precision", got=precision, allowed="fp32 or bf16")
-        self.size = CHUNK if device.type == "cpu" else DEVICE_CHUNK
         self.device, self.bf16 = device, precision == "bf16"
+        self.size = 64 if device.type != "cpu" else 8 if self.bf16 else 1
 
     def __call__(
         self, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         outputs = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for start in range(0, len(inputs[0]), self.size):
-                chunk = [i[start : start + self.size] for i in inputs]
-                count = len(chunk[0])
-                fill = self.size - count
-                if fill:
-                    chunk = [torch.cat([c, c[:1].expand(fill, *c.shape[1:])]) for c in chunk]
+            for chunk in zip(*(torch.split(i, self.size) for i in inputs), strict=True):
                 made = function(*chunk)
-                made = made if isinstance(made, tuple) else (made,)
-                outputs.append([m[:count] for m in made])
+                outputs.append(made if isinstance(made, tuple) else (made,))
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-CHUNK = 1
-DEVICE_CHUNK = 32
 
 
 def _check_request(x: Tensor, mask: Tensor, seeds: Sequence[int], steps: int) -> None:

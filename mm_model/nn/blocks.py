@@ -1,8 +1,9 @@
 """Building blocks: a transformer block on a grid of tokens, a convolutional residual block.
 
 Shapes: tokens are [B, h, w, d]; images are [B, C, H, W], in memory laid out like tokens (channels
-last): oneDNN is up to 20 times slower on the other layout with bf16. Output projections start at zero, so that
-every block starts as the identity. Position information is what depthwise convolutions see.
+last): oneDNN is up to 20 times slower on the other layout with bf16. Output projections start at
+zero, so that every block starts as the identity. Position information is what depthwise
+convolutions see.
 """
 
 from __future__ import annotations
