@@ -286,7 +286,7 @@ _DECLARED = (
         (Band("elevation"),),
         gsd_m=30,
         display_range=(0.0, 600.0),
-        color_map="gist_earth",
+        color_map="cividis",
     ),
     Modality(
         "map",

@@ -22,6 +22,8 @@ for _key, _value in {
     "GX_ANALYTICS_ENABLED": "false",
     "PROJ_NETWORK": "OFF",
     "MPLBACKEND": "Agg",
+    # Models this small gain nothing from threads, and lose much where cores are busy.
+    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_key, _value)
 

@@ -131,7 +131,9 @@ def _interest(block: Sequence[Patch]) -> tuple[int, int, float]:
             codes = np.concatenate([p.layers[name].values.ravel() for p in block])
             counts = np.unique(codes, return_counts=True)[1]
             classes += int((counts > codes.size / 50).sum())
-    contrast = float(np.mean([np.nanstd(p.layers[OBSERVED].values) for p in block]))
+    contrast = float(
+        np.mean([np.nanstd(p.layers[OBSERVED].values.astype(np.float64)) for p in block])
+    )
     return len(names), classes, contrast
 
 

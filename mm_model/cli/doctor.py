@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,12 +159,12 @@ def _services() -> Iterator[Finding]:
         ("model in the endpoint", environment.endpoint_url(), "/readyz"),
     )
     for name, base, path in checks:
-        yield _answers(name, base, lambda url=base + path: httpx.get(url, timeout=3))
+        yield _answers(name, base, path)
 
 
-def _answers(name: str, base: str, get: Callable[[], httpx.Response]) -> Finding:
+def _answers(name: str, base: str, path: str) -> Finding:
     try:
-        status = get().status_code
+        status = httpx.get(base + path, timeout=3).status_code
     except httpx.HTTPError:
         return Finding(name, f"no answer at {base}", "mm up", is_fault=False)
     # Ray answers 401 without its token: it is there.

@@ -80,7 +80,7 @@ def _through_bundle(
     size: tuple[int | None, int | None],
     out: Path,
 ) -> list[Path]:
-    from mm_model.serving.answers import write_answer
+    from mm_model.serving.answers import geotiffs
     from mm_model.serving.generator import Generator, Request
     from mm_model.serving.uploads import read_layer
 
@@ -110,7 +110,12 @@ def _through_bundle(
         seed=seed,
         steps=steps,
     )
-    return write_answer(result, generator.modalities, provenance, out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file, content in geotiffs(result, generator.modalities, provenance).items():
+        written.append(out / file.name)
+        written[-1].write_bytes(content)
+    return written
 
 
 def panel_of(path: Path, title: str) -> Panel:

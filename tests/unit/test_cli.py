@@ -1,0 +1,150 @@
+"""`mm`: errors of one line, images through a bundle, pictures of what there is."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "serving"))
+from serving_fixtures import GRID, NAMES, geotiff, make_bundle
+
+from mm_model import cli
+from mm_model.bundle import save_bundle
+from mm_model.data import raster
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "bundle"
+    made = make_bundle()
+    save_bundle(folder, made.model, made.manifest)
+    return folder
+
+
+@pytest.fixture
+def mm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs `mm` in this process; returns exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mm", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def test_every_verb_is_on_the_help_page(mm) -> None:
+    status, text, _ = mm("--help")
+    assert status == 0
+    verbs = """doctor up down status serve demo prepare split validate stats train evaluate
+    register promote rollback generate show"""
+    for verb in verbs.split():
+        assert f" {verb} " in text
+
+
+def test_help_imports_no_vendor() -> None:
+    import subprocess
+
+    code = (
+        "import sys; sys.argv = ['mm', '--help']\n"
+        "from mm_model import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'prefect', 'rasterio', 'pandas', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_error_is_one_line_that_says_what_to_do(mm, tmp_path: Path) -> None:
+    status, out, err = mm("split", "--pipeline", tmp_path)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert "params.yaml" in err
+    assert "--pipeline" in err
+
+
+def test_debug_shows_the_trace(mm, tmp_path: Path) -> None:
+    from mm_model.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        mm("split", "--pipeline", tmp_path, "--debug")
+
+
+def test_generate_through_a_bundle(mm, bundle: Path, tmp_path: Path) -> None:
+    observed = tmp_path / "scene.tif"
+    observed.write_bytes(geotiff("sar"))
+    out = tmp_path / "answers"
+    arguments = ("--bundle", bundle, "--observe", f"sar={observed}", "--target", "dem", "--target",
+                 "map", "--samples", 2, "--seed", 7, "--steps", 2, "--out", out)  # fmt: skip
+    status, text, err = mm("generate", *arguments)
+    assert (status, err) == (0, "")
+    written = sorted(p.name for p in out.iterdir())
+    assert written == ["dem_0.tif", "dem_1.tif", "map_0.tif", "map_1.tif", "picture.png"]
+    assert all(name in text for name in written)
+    for path in out.glob("*.tif"):
+        answer = raster.read_raster(path)
+        assert answer.grid == GRID  # to the last digit
+        assert answer.tags["MM_OBSERVED"] == "sar"
+        assert answer.tags["MM_SEED"] == "7"
+    first = (out / "dem_0.tif").read_bytes()
+    assert first != (out / "dem_1.tif").read_bytes()
+    shutil.rmtree(out)
+    mm("generate", *arguments)
+    assert (out / "dem_0.tif").read_bytes() == first
+
+
+def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers"
+    status, _, err = mm(
+        "generate", "--bundle", bundle, "--width", 40, "--height", 24, "--steps", 1, "--out", out
+    )
+    assert (status, err) == (0, "")
+    assert {p.stem for p in out.glob("*.tif")} == set(NAMES)
+    assert raster.read_header(out / "dem.tif").grid.shape == (24, 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--observe", "sar"), "MODALITY=FILE"),
+        (("--observe", "sar=/nowhere.tif"), "existing GeoTIFF"),
+        (("--bundle", "a", "--endpoint", "http://127.0.0.1:1"), "one of them"),
+        (("--endpoint", "http://127.0.0.1:1"), "mm up"),
+    ],
+)
+def test_wrong_use_of_generate(mm, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    status, _, err = mm("generate", *arguments, "--out", tmp_path / "out")
+    assert status == 1
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_a_bundle_and_an_answer(mm, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "layers").mkdir()
+    for name in ("sar", "map"):
+        (tmp_path / "layers" / f"{name}.tif").write_bytes(geotiff(name))
+    for what in (bundle, tmp_path / "layers", tmp_path / "layers" / "sar.tif"):
+        picture = tmp_path / "picture.png"
+        status, text, err = mm("show", what, "--out", picture)
+        assert (status, err) == (0, "")
+        assert str(picture) in text
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+
+
+def test_show_names_what_there_is(mm, tmp_path: Path) -> None:
+    status, _, err = mm("show", "17", "--pipeline", tmp_path)
+    assert status == 1
+    assert str(tmp_path) in err
