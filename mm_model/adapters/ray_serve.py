@@ -93,7 +93,10 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         num_replicas=config.replicas,
         ray_actor_options={
             "num_cpus": _REPLICA_CPUS,
-            "runtime_env": {"env_vars": environment.service_environment()},
+            # Threads that wait by spinning starve each other where training shares the cores.
+            "runtime_env": {
+                "env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **environment.service_environment()}
+            },
         },
         # The application itself bounds its queue, and answers with a problem; this is the second
         # line, for what the proxy holds.
