@@ -68,6 +68,6 @@ class Preview:
         scene = collate([patch], self.modalities).only(source.name)
         x, mask = model.codec.encode(scene.to(device))
         with torch.no_grad():
-            made = sample(model, x, mask, targets, [seed], _STEPS, precision="bf16")
+            made = sample(model, x, mask, targets, [seed], _STEPS)
             layers = model.codec.decode(made, targets)
         return {name: values[0].cpu().numpy() for name, values in layers.items()}
