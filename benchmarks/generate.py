@@ -16,8 +16,7 @@ from mm_model.data.store import PatchStore
 from mm_model.modalities import Modality, Quantity
 from mm_model.serving.generator import Generator, ObservedLayer, Request
 
-BATCHES = (1, 16)
-STEPS = (1, 4, 16)
+STEPS = {1: (1, 4, DEFAULT_STEPS, 16), 16: (1, DEFAULT_STEPS)}  # by batch
 REPEATS = {1: 7, 16: 2}
 
 
@@ -30,13 +29,13 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
     try:
         with tempfile.TemporaryDirectory(prefix="mm-bench-") as folder:
             bundle, store = setting.make_bundle(chosen, Path(folder))
-            generator = Generator(bundle, max_batch=max(BATCHES))
+            generator = Generator(bundle, max_batch=max(STEPS))
             source = observed_of(chosen.selected)
-            layers = layers_of(store, source, max(BATCHES))
-            for batch in BATCHES:
+            layers = layers_of(store, source, max(STEPS))
+            for batch, all_steps in STEPS.items():
                 sides = {
                     _name(batch, steps): _side(generator, source, layers[:batch], steps)
-                    for steps in (DEFAULT_STEPS, *STEPS)
+                    for steps in all_steps
                 }
                 seconds = setting.take_turns(sides, REPEATS[batch])
                 figures |= {n: statistics.median(s) / batch for n, s in seconds.items()}
