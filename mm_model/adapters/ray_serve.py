@@ -11,14 +11,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from fastapi import FastAPI
 from ray import serve
 
 from mm_model import __version__
@@ -54,7 +53,7 @@ class Endpoint:
         self._champion = ChampionFollower(model, cache, self._load)
         self._champion.start(self._config.alias_poll_s)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return build_app(self._champion, self._config)
 
     async def check_health(self) -> None:
