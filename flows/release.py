@@ -16,7 +16,9 @@ def release(pipeline: str = ".", force: bool = False) -> None:
         pipeline: folder that holds params.yaml, relative to the project.
         force: run the stages even if nothing changed.
     """
-    data_refresh(pipeline, force)
-    train_and_evaluate(pipeline, force)
-    register_and_gate(pipeline)
-    deploy(pipeline)
+    # Their functions, not runs of their own: `--watch` shows what one run logs, and this is the run
+    # that is watched, cancelled and named in a version's lineage.
+    data_refresh.fn(pipeline, force)
+    train_and_evaluate.fn(pipeline, force)
+    register_and_gate.fn(pipeline)
+    deploy.fn(pipeline)
