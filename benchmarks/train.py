@@ -22,15 +22,16 @@ from mm_model.adapters.mlflow_reporter import read_journal
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.config import Params
 from mm_model.data.stats import compute_statistics
+from mm_model.data.store import PatchStore
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.loop import LOG_EVERY, make_state
 from mm_model.training.step import TrainingStep, draw
 
 PLACES = 4
-STEPS = 80
+STEPS = 60
 WINDOWS_LEFT_OUT = 2  # in which allocators and DDP's buckets settle
 TURNS = 2
-BARE_STEPS = 40
+BARE_STEPS = 30
 MATRIX = 2048
 
 
@@ -107,8 +108,6 @@ def _full(job: Job) -> float:
 
 def _bare(job: Job) -> tuple[Callable[[], None], int]:
     """One step on what lies in memory, and its floating-point operations."""
-    from mm_model.data.store import PatchStore
-
     config = job.config
     state = make_state(job.model(), config)
     model = state.model
