@@ -68,6 +68,12 @@ class PatchStore:
         """The index rows of a patch, one a modality."""
         return self.index.iloc[self._starts[position] : self._starts[position + 1]]
 
+    def described(self, position: int) -> dict[str, dict[str, Any]]:
+        """A patch's index rows by modality, None where nothing is known."""
+        get = self._columns
+        rows = range(self._starts[position], self._starts[position + 1])
+        return {get["modality"][row]: {c: get[c][row] for c in get} for row in rows}
+
     def read(self, position: int, modalities: Sequence[str] | None = None) -> Patch:
         """A patch, with all its layers or those named that it has.
 
@@ -141,8 +147,7 @@ class ShardWriter:
 
     def copy(self, store: PatchStore, position: int) -> None:
         """Append a patch of another store, without measuring it again."""
-        described = {r["modality"]: r for r in store.rows(position).to_dict("records")}
-        self._append(store.read(position), described)
+        self._append(store.read(position), store.described(position))
 
     def _append(self, patch: Patch, described: dict[str, Any]) -> None:
         if not patch.layers or patch.patch_id in self._ids:
