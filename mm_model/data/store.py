@@ -72,7 +72,7 @@ class PatchStore:
         """A patch's index rows by modality, None where nothing is known."""
         get = self._columns
         rows = range(self._starts[position], self._starts[position + 1])
-        return {get["modality"][row]: {c: get[c][row] for c in get} for row in rows}
+        return {get["modality"][row]: {c: get[c][row] for c in _COLUMNS} for row in rows}
 
     def read(self, position: int, modalities: Sequence[str] | None = None) -> Patch:
         """A patch, with all its layers or those named that it has.
