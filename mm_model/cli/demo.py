@@ -69,12 +69,14 @@ def run(pipeline: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     url = environment.endpoint_url() + params.serve.route_prefix.rstrip("/")
     scenes = choose_scenes(pipeline / "data", params)
+    height, width = (n * params.prepare.patch_px for n in BLOCK)
     rows: list[list[Panel | None]] = []
     with Client(url) as client:
         for number, scene in enumerate(scenes, 1):
             rows += _ask(client, scene, out / f"scene-{number}")
         for number in range(1, JOINT_SETS + 1):
-            files = client.generate({}, seed=number).save(out / f"from-nothing-{number}")
+            made = client.generate({}, seed=number, height=height, width=width)
+            files = made.save(out / f"from-nothing-{number}")
             rows.append([panel_of(path, "generated from nothing") for path in files])
     title = f"Held-out places: from {OBSERVED} alone; below: from nothing"
     save_sheet(out / "sheet.png", rows, title)
