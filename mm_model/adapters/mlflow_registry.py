@@ -70,7 +70,9 @@ def collect_lineage(folder: Path, flow_run_id: str = "") -> dict[str, str]:
     params = folder / "params.yaml"
     lineage = {
         "git_commit": _git("rev-parse", "HEAD", folder=folder),
-        "git_dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no", folder=folder))).lower(),
+        "git_dirty": str(
+            bool(_git("status", "--porcelain", "--untracked-files=no", folder=folder))
+        ).lower(),
         "params_sha256": sha256(params.read_bytes()).hexdigest(),
         "data_source": str(read_yaml(params)["prepare"]["source"]),
         "flow_run_id": flow_run_id,
