@@ -13,8 +13,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from mm_model.adapters import mlflow_registry
 from mm_model.adapters.mlflow_registry import Champion
 from mm_model.api import ModelIdentity, Refusal
@@ -106,6 +104,8 @@ class ChampionFollower:
         else:
             self._refused.pop(key[0], None)
             self._settled = key
+        if self._served is None:  # a replica that has just begun: the old one goes on
+            self._serve_last_good()
 
     def _take_up(self, champion: Champion) -> None:
         tags = champion.tags
@@ -153,9 +153,9 @@ class ChampionFollower:
             record = (self._cache / _LAST_GOOD).read_bytes()
             identity = ModelIdentity.model_validate_json(record)
             self._served = Served(self._load(self._cache / identity.version), identity)
-            _LOG.warning("MLflow is away: serving the last good version %s", identity.version)
-        except (OSError, ValidationError, MMError) as error:
-            _LOG.warning("MLflow is away, and there is no last good version: %s", error)
+            _LOG.warning("serving the last good version %s", identity.version)
+        except Exception as error:  # a damaged cache can break in any way
+            _LOG.warning("there is no last good version: %r", error)
 
     def _refuse(self, version: str, error: Exception) -> None:
         reason = str(error) if isinstance(error, MMError) else repr(error)

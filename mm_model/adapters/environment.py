@@ -93,6 +93,8 @@ def service_environment() -> dict[str, str]:
         "DVC_SITE_CACHE_DIR": str(state / "dvc"),
         "GX_ANALYTICS_ENABLED": "false",
         "PROJ_NETWORK": "OFF",
+        # Threads that wait must not spin: training, evaluation and replicas share the cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     return {key: os.environ.get(key, value) for key, value in wanted.items()}
 

@@ -30,13 +30,17 @@ from mlflow.models import Model
 from mm_model.adapters import environment, mlflow_pyfunc
 from mm_model.bundle import load_bundle, load_manifest
 from mm_model.config import GateConfig, RegisterConfig, read_yaml
-from mm_model.errors import GateError, MMError, RegistryError
+from mm_model.errors import GateError, RegistryError
 from mm_model.evaluation.card import model_card
 
 CHAMPION, PREVIOUS = "champion", "previous-champion"
 VERDICT, REASONS = "gate.verdict", "gate.reasons"
 PASSED, FAILED = "passed", "failed"
 _FIGURE = "metrics."  # tags of a version's summary figures begin with this
+_MODALITIES = "modalities"
+_CARD = "model_card.md"  # artefact of the run
+_LONGEST = 5000  # characters of a description in MLflow's database
+_CUT = f"\n\n… the whole card is `{_CARD}` of the run."
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,22 @@ def register(
         )
     with _connected() as client:
         _ensure_model(client, config.model)
+        figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | None)}
+        judged = {
+            "held_out": str(metrics["held_out"]),
+            **{_FIGURE + k: "nan" if v is None else f"{v:.6g}" for k, v in figures.items()},
+        }
         for known in client.search_model_versions(f"name='{config.model}'"):
             if known.tags.get("bundle_id") == bundle_id:
+                # The same weights may have been evaluated anew, otherwise than before.
+                for key, value in judged.items():
+                    if known.tags.get(key) != value:
+                        client.set_model_version_tag(config.model, known.version, key, value)
                 return int(known.version)
         if run_id is None:
             run_id = client.create_run(_experiment(client, config.model)).info.run_id
         with mlflow.start_run(run_id) as run:
             mlflow.log_artifacts(str(reports_dir), "reports")
-            figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | None)}
             known = {f"test_{k}": float(v) for k, v in figures.items() if v is not None}
             mlflow.log_metrics(known)
             example = mlflow_pyfunc.input_example(reports_dir / "example.json")
@@ -139,20 +151,22 @@ def register(
                 pip_requirements=_requirements(),
                 metadata={"bundle_id": bundle_id},
             )
+            card = model_card(bundle.manifest, bundle.model.modalities, metrics, lineage)
+            mlflow.log_text(card, _CARD)
             tags = {
                 **lineage,
                 "bundle_id": bundle_id,
                 "weights_sha256": bundle.manifest.weights_sha256,
-                "held_out": str(metrics["held_out"]),
                 "run_id": run.info.run_id,
-                **{_FIGURE + k: "nan" if v is None else f"{v:.6g}" for k, v in figures.items()},
+                _MODALITIES: ", ".join(m.name for m in bundle.manifest.modalities),
+                **judged,
             }
             created = client.create_model_version(
                 config.model,
                 logged.model_uri,
                 run.info.run_id,
                 tags=tags,
-                description=model_card(bundle.manifest, bundle.model.modalities, metrics, lineage),
+                description=card if len(card) <= _LONGEST else card[: _LONGEST - len(_CUT)] + _CUT,
                 model_id=logged.model_id,
             )
     return int(created.version)
@@ -225,6 +239,12 @@ def rollback(model: str) -> int:
         if previous is None:
             raise RegistryError(
                 f"{model} has no previous champion",
+                remedy="promote a version by its number instead",
+            )
+        if previous == _aliases(client, model).get(CHAMPION):
+            # Somebody has moved the alias by hand, to where this would bring it.
+            raise RegistryError(
+                f"version {previous} of {model} is champion already",
                 remedy="promote a version by its number instead",
             )
         client.set_registered_model_alias(model, CHAMPION, previous)
@@ -356,8 +376,15 @@ def _comparison(
     config: GateConfig,
     evaluate_champion: Callable[[Path], Mapping[str, Any]],
 ) -> list[Check]:
-    """The candidate's figures beside the champion's, on the same held-out patches."""
+    """The candidate's figures beside the champion's, on the same held-out patches.
+
+    Means over other modalities say nothing about each other: then it is said, and not compared.
+    """
     held_out = candidate.tags["held_out"]
+    knows, knew = candidate.tags.get(_MODALITIES), current.tags.get(_MODALITIES)
+    if knows and knew and knows != knew:
+        text = f"champion (version {current.version}) knows other modalities ({knew})"
+        return [(True, f"{text}: not compared, judged by thresholds alone")]
     if current.tags.get("held_out") == held_out:
         tagged = {k: _figure(current.tags, k) for k in ("mean_psnr_db", "mean_miou")}
         figures = {k: v for k, v in tagged.items() if v is not None}
@@ -389,7 +416,7 @@ def _loads(model: str, version: int) -> Check:
     try:
         loaded = mlflow.pyfunc.load_model(f"models:/{model}/{version}")
         loaded.predict(loaded.input_example, params={"steps": 1})
-    except (MlflowException, MMError, OSError, ImportError) as error:
+    except Exception as error:  # a broken bundle can break in any way
         return False, f"does not load from the registry: {error}"
     return True, "loads from the registry and answers its example"
 

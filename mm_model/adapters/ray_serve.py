@@ -92,10 +92,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         num_replicas=config.replicas,
         ray_actor_options={
             "num_cpus": _REPLICA_CPUS,
-            # Threads that wait by spinning starve each other where training shares the cores.
-            "runtime_env": {
-                "env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **environment.service_environment()}
-            },
+            "runtime_env": {"env_vars": environment.service_environment()},
         },
         # The application itself bounds its queue, and answers with a problem; this is the second
         # line, for what the proxy holds.
@@ -152,7 +149,11 @@ def serve_forever(config: ServeConfig, model: str) -> None:
                 _deploy(config, model)
                 while True:
                     time.sleep(_WATCH_S)
-                    _statuses()
+                    if model not in _statuses():
+                        # Another `mm serve` on this Ray that ends takes all of Serve with it.
+                        raise ServiceError(
+                            f"the application of {model} was taken down", remedy="start it again"
+                        )
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -23,6 +23,9 @@ from mm_model.data.store import PatchStore
 from mm_model.errors import ServiceError
 from mm_model.evaluation.evaluate import evaluate
 
+# A refusal of before its gate passed stands until the endpoint looks at the alias again.
+_FOLLOWS_S = 30.0
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -63,14 +66,18 @@ def register_and_gate(folder: Path, flow_run_id: str = "") -> Candidate:
     return Candidate(register.model, version, verdict)
 
 
-def wait_until_served(url: str, model: str, version: int, within_s: float) -> None:
+def wait_until_served(url: str, model: str, version: int, within_s: float) -> tuple[str, ...]:
     """Wait until the endpoint at a URL is ready and serves just this version.
+
+    Returns:
+        The modalities that the version knows.
 
     Raises:
         ServiceError: it refused the version, or does not serve it in time.
     """
     deadline = time.monotonic() + within_s
     seen = "no answer"
+    refused_at: float | None = None
     while time.monotonic() < deadline:
         try:
             info = ModelInfo.model_validate(_get(f"{url}/v1/model").json())
@@ -78,9 +85,12 @@ def wait_until_served(url: str, model: str, version: int, within_s: float) -> No
             seen = f"{serving.name} version {serving.version}" if serving else "no model yet"
             if serving and (serving.name, serving.version) == (model, str(version)):
                 _get(f"{url}/readyz")
-                return
+                return info.modalities
             for refusal in info.refused:
-                if refusal.version == str(version):
+                if refusal.version != str(version):
+                    continue
+                refused_at = refused_at or time.monotonic()
+                if time.monotonic() - refused_at > _FOLLOWS_S:
                     raise ServiceError(
                         f"the endpoint refused version {version} of {model}",
                         got=refusal.reason,
