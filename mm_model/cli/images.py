@@ -13,7 +13,7 @@ from mm_model.data import raster
 from mm_model.data.store import PatchStore
 from mm_model.errors import ConfigError, DataError
 from mm_model.geo.grid import Grid
-from mm_model.modalities import MODALITIES
+from mm_model.modalities import MODALITIES, Modality
 from mm_model.pictures import Panel, save_sheet
 
 _SHOWN_SCENES = 3  # sets that `mm show BUNDLE` generates from nothing
@@ -38,7 +38,12 @@ def generate(
     """
     if bundle and endpoint:
         raise ConfigError("--bundle and --endpoint", remedy="name one of them")
-    files = dict(_observation(text) for text in observe)
+    files: dict[str, Path] = {}
+    for text in observe:
+        name, path = _observation(text)
+        if name in files:
+            raise ConfigError(f"--observe {name} is there twice", remedy="name one file of each")
+        files[name] = path
     if endpoint:
         from mm_model.client import Client
 
@@ -53,7 +58,9 @@ def generate(
             bundle or Path("models/bundle"), files, targets, samples, seed, steps, size, out
         )
     picture = out / "picture.png"
-    rows = [[panel_of(path, "observed") for path in files.values()]] if files else []
+    # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
+    seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
+    rows = [seen] if seen else []
     rows.append([panel_of(path, path.stem) for path in written])
     save_sheet(picture, rows, f"from {', '.join(files) or 'nothing'}, seed {seed}")
     console = Console(soft_wrap=True)
@@ -80,7 +87,7 @@ def _through_bundle(
     size: tuple[int | None, int | None],
     out: Path,
 ) -> list[Path]:
-    from mm_model.serving.answers import geotiffs
+    from mm_model.serving.answers import write_answer
     from mm_model.serving.generator import Generator, Request
     from mm_model.serving.uploads import read_layer
 
@@ -103,25 +110,22 @@ def _through_bundle(
     provenance = Provenance(
         model=str(folder),
         model_version=loaded.manifest.bundle_id[:12],
-        run_id=str(loaded.manifest.provenance.get("run_id") or ""),
+        run_id=str(loaded.manifest.provenance.get("mlflow_run_id") or ""),
         observed=tuple(files),
         targets=tuple(result.values),
         samples=samples,
         seed=seed,
         steps=steps,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for file, content in geotiffs(result, generator.modalities, provenance).items():
-        written.append(out / file.name)
-        written[-1].write_bytes(content)
-    return written
+    return write_answer(result, generator.modalities, provenance, out)
 
 
-def panel_of(path: Path, title: str) -> Panel:
-    """A picture of a GeoTIFF; its modality is known by its bands."""
+def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
+    """A picture of a GeoTIFF; its modality is known by its bands, if it is not told."""
     header = raster.read_header(path)
-    fits = [m for m in MODALITIES.values() if m.band_names == header.band_names]
+    fits = [modality] if modality else []
+    if not fits:
+        fits = [m for m in MODALITIES.values() if m.band_names == header.band_names]
     if not fits:
         fits = [m for m in MODALITIES.values() if path.stem.split("_")[0] == m.name]
     if not fits:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rasterio
 
 sys.path.insert(0, str(Path(__file__).parent / "serving"))
 from serving_fixtures import GRID, NAMES, geotiff, make_bundle
@@ -104,6 +105,21 @@ def test_generate_through_a_bundle(mm, bundle: Path, tmp_path: Path) -> None:
     assert (out / "dem_0.tif").read_bytes() == first
 
 
+def test_an_observed_file_may_name_nothing(mm, bundle: Path, tmp_path: Path) -> None:
+    """Neither its bands nor its name say what it is: the caller does."""
+    observed = tmp_path / "S1A_20200604.tif"
+    observed.write_bytes(geotiff("sar"))
+    with rasterio.open(observed, "r+") as dataset:
+        dataset.descriptions = (None, None)
+    out = tmp_path / "answers"
+    status, _, err = mm(
+        "generate", "--bundle", bundle, "--observe", f"sar={observed}", "--target", "dem",
+        "--steps", 1, "--out", out,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert {p.name for p in out.iterdir()} == {"dem.tif", "picture.png"}
+
+
 def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers"
     status, _, err = mm(
@@ -118,6 +134,7 @@ def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path
     ("arguments", "said"),
     [
         (("--observe", "sar"), "MODALITY=FILE"),
+        (("--observe", f"sar={__file__}", "--observe", f"sar={__file__}"), "twice"),
         (("--observe", "sar=/nowhere.tif"), "existing GeoTIFF"),
         (("--bundle", "a", "--endpoint", "http://127.0.0.1:1"), "one of them"),
         (("--endpoint", "http://127.0.0.1:1"), "mm up"),
