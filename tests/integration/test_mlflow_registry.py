@@ -243,6 +243,43 @@ def test_a_champion_of_other_patches_is_evaluated_again(at_server, tmp_path):
         registry.gate(model, second, GATE, evaluate_champion=lambda b: {"held_out": "c"})
 
 
+def test_a_champion_of_other_modalities_is_not_compared(at_server, tmp_path):
+    model = "more-modalities"
+    first = make_version(tmp_path, model, 1, mean_psnr_db=20.0)
+    registry.gate(model, first, GATE, evaluate_champion=never)
+    registry.promote(model, first)
+    at_server.set_model_version_tag(model, str(first), "modalities", "sar, map")
+    second = make_version(tmp_path, model, 2, held_out="b" * 64)
+    verdict = registry.gate(model, second, GATE, evaluate_champion=never)
+    assert verdict.passed
+    assert any("other modalities (sar, map)" in reason for reason in verdict.reasons)
+
+
+def test_a_bundle_evaluated_anew_is_judged_by_the_new_figures(at_server, tmp_path):
+    model = "anew"
+    bundle = make_bundle(tmp_path / "bundle", 1)
+    for number, psnr in enumerate((15.0, 12.0)):
+        reports = make_reports(
+            tmp_path / f"reports{number}", bundle, mean_psnr_db=psnr, held_out=f"{number}" * 64
+        )
+        version = registry.register(bundle, reports, config_of(model), run_id=None, lineage={})
+        verdict = registry.gate(model, version, GATE, evaluate_champion=never)
+        assert verdict.passed == (psnr > GATE.min_mean_psnr_db)
+    tags = at_server.get_model_version(model, str(version)).tags
+    assert tags["held_out"] == "1" * 64
+
+
+def test_rollback_after_the_alias_was_moved_by_hand(at_server, tmp_path):
+    model = "by-hand"
+    for seed in (1, 2):
+        version = make_version(tmp_path, model, seed)
+        registry.gate(model, version, GATE, evaluate_champion=never)
+        registry.promote(model, version)
+    at_server.set_registered_model_alias(model, registry.CHAMPION, "1")
+    with pytest.raises(RegistryError, match="champion already"):
+        registry.rollback(model)
+
+
 def test_a_version_that_does_not_load_fails_its_gate(at_server, tmp_path):
     model = "broken"
     version = make_version(tmp_path, model, 1)
