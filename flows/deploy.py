@@ -32,10 +32,10 @@ def wait_and_ask(pipeline: str) -> None:
     if champion is None:
         raise RegistryError(f"{model} has no champion", remedy="run register-and-gate first")
     url = url_of(pipeline)
-    release.wait_until_served(url, model, champion.version, SERVED_S)
+    known = release.wait_until_served(url, model, champion.version, SERVED_S)
     get_run_logger().info("version %s answers", champion.version)
-    for modality in params.selected:
-        get_run_logger().info("%s: %s", modality.name, release.ask_endpoint(url, modality.name))
+    for name in known:  # by the champion, which may be older than params.yaml
+        get_run_logger().info("%s: %s", name, release.ask_endpoint(url, name))
 
 
 @flow(name="deploy", flow_run_name="deploy of {pipeline}")
