@@ -53,7 +53,8 @@ def run(pipeline: Path) -> None:
     start = time.monotonic()
     params = load_params(pipeline / "params.yaml")
     services.up()
-    deployment = f"release/{pipeline.resolve().name if pipeline != Path() else 'synthetic'}"
+    is_root = pipeline.resolve() == environment.project_root()
+    deployment = f"release/{'synthetic' if is_root else pipeline.resolve().name}"
     console.print(f"prefect deployment run '{deployment}' --watch")
     prefect = str(Path(sys.executable).with_name("prefect"))
     done = subprocess.run(
