@@ -129,10 +129,12 @@ def test_another_seed_gives_another_training(tmp_path, uninterrupted):
     assert any(not torch.equal(one[n], t) for n, t in other.tensors().items())
 
 
-def test_the_rate_warms_up_and_stays():
-    config = train_config(warmup_steps=4, learning_rate=1.0)
-    rates = [learning_rate(s, config) for s in range(6)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+def test_the_rate_warms_up_stays_and_decays():
+    config = train_config(steps=20, warmup_steps=4, learning_rate=1.0)
+    rates = [learning_rate(s, config) for s in range(20)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[5:15] == [1.0] * 10
+    assert rates[14:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 def test_pictures_show_the_average_and_leave_no_trace(tmp_path, uninterrupted, monkeypatch):
