@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import mlflow
 import requests
+from mlflow.entities import LifecycleStage
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -102,7 +103,8 @@ def register(
         bundle_dir: what the stage train wrote.
         reports_dir: what the stage evaluate wrote.
         config: names the registered model.
-        run_id: the MLflow run that trained it; None makes a run of its own.
+        run_id: the MLflow run that trained it; None, or one that this MLflow does not have, makes a
+            run of its own.
         lineage: further tags, as `collect_lineage` makes them.
 
     Returns:
@@ -135,7 +137,7 @@ def register(
                     if known.tags.get(key) != value:
                         client.set_model_version_tag(config.model, known.version, key, value)
                 return int(known.version)
-        if run_id is None:
+        if run_id is None or not _is_active(client, run_id):
             run_id = client.create_run(_experiment(client, config.model)).info.run_id
         with mlflow.start_run(run_id) as run:
             mlflow.log_artifacts(str(reports_dir), "reports")
@@ -213,17 +215,12 @@ def promote(model: str, version: int) -> None:
         RegistryError: there is no such version, or MLflow is away.
     """
     with _connected() as client:
-        tags = _version(client, model, version).tags
-        if tags.get(VERDICT) != PASSED:
-            raise GateError(
-                f"version {version} of {model} has not passed its gate",
-                got=tags.get(REASONS, "no verdict"),
-                remedy="run the gate on it, or train a better one",
-            )
+        _require_passed(client, model, version)
         current = champion(model)
         if current is not None and current.version == version:
             return
-        if current is not None:
+        # One that was made champion by hand and has not passed was never served.
+        if current is not None and current.tags.get(VERDICT) == PASSED:
             client.set_registered_model_alias(model, PREVIOUS, str(current.version))
         client.set_registered_model_alias(model, CHAMPION, str(version))
 
@@ -232,6 +229,7 @@ def rollback(model: str) -> int:
     """Make the previous champion the champion again; returns its version.
 
     Raises:
+        GateError: its verdict is no longer that it passed.
         RegistryError: there is no previous champion, or MLflow is away.
     """
     with _connected() as client:
@@ -247,6 +245,7 @@ def rollback(model: str) -> int:
                 f"version {previous} of {model} is champion already",
                 remedy="promote a version by its number instead",
             )
+        _require_passed(client, model, int(previous))
         client.set_registered_model_alias(model, CHAMPION, previous)
         # One step back, not two: a second rollback must not bring back what was rolled back.
         client.delete_registered_model_alias(model, PREVIOUS)
@@ -332,8 +331,28 @@ def _experiment(client: mlflow.MlflowClient, model: str) -> str:
     return str(found.experiment_id if found else client.create_experiment(model))
 
 
+def _is_active(client: mlflow.MlflowClient, run_id: str) -> bool:
+    """Whether a run is there: what was trained may outlive the database it was logged in."""
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 def _version(client: mlflow.MlflowClient, model: str, version: int) -> ModelVersion:
     return client.get_model_version(model, str(version))
+
+
+def _require_passed(client: mlflow.MlflowClient, model: str, version: int) -> None:
+    tags = _version(client, model, version).tags
+    if tags.get(VERDICT) != PASSED:
+        raise GateError(
+            f"version {version} of {model} has not passed its gate",
+            got=tags.get(REASONS, "no verdict"),
+            remedy="run the gate on it, or promote one that passed",
+        )
 
 
 def _aliases(client: mlflow.MlflowClient, model: str) -> dict[str, str]:

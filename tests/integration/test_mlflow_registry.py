@@ -204,6 +204,16 @@ def test_a_version_says_where_it_comes_from(at_server, tmp_path):
     }
 
 
+def test_a_training_may_outlive_the_database_that_it_was_logged_in(at_server, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", 1)
+    reports = make_reports(tmp_path / "reports", bundle)
+    lost = "0" * 32
+    version = registry.register(bundle, reports, config_of("lost"), run_id=lost, lineage={})
+    run_id = at_server.get_model_version("lost", str(version)).run_id
+    assert run_id != lost
+    assert at_server.get_run(run_id).info.status == "FINISHED"
+
+
 def test_only_the_evaluated_bundle_is_registered(at_server, tmp_path):
     evaluated, other = make_bundle(tmp_path / "a", 1), make_bundle(tmp_path / "b", 2)
     reports = make_reports(tmp_path / "reports", evaluated)
@@ -278,6 +288,10 @@ def test_rollback_after_the_alias_was_moved_by_hand(at_server, tmp_path):
     at_server.set_registered_model_alias(model, registry.CHAMPION, "1")
     with pytest.raises(RegistryError, match="champion already"):
         registry.rollback(model)
+    at_server.set_model_version_tag(model, "1", registry.VERDICT, registry.FAILED)
+    registry.promote(model, 2)
+    with pytest.raises(GateError, match="not passed"):
+        registry.rollback(model)  # not to what the endpoint refuses
 
 
 def test_a_version_that_does_not_load_fails_its_gate(at_server, tmp_path):
