@@ -34,7 +34,11 @@ def register_and_gate(pipeline: str = ".") -> int:
         key="model-version",
     )
     if not candidate.verdict.passed:
-        raise GateError(f"version {version} of {model}", got="; ".join(candidate.verdict.reasons))
+        raise GateError(
+            f"version {version} of {model} did not pass its gate",
+            got="; ".join(candidate.verdict.reasons),
+            remedy="the champion stays; train a better one, or see register.gate in params.yaml",
+        )
     mlflow_registry.promote(model, version)
     get_run_logger().info("version %s of %s is champion", version, model)
     return version

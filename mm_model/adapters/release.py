@@ -102,7 +102,7 @@ def wait_until_served(url: str, model: str, version: int, within_s: float) -> tu
     raise ServiceError(
         f"{url} does not serve version {version} of {model} after {within_s:.0f} s",
         got=seen,
-        remedy="look at `mm status` and at var/log/endpoint.log",
+        remedy="look at `mm status`, at var/log/endpoint.log and into Ray's dashboard",
     )
 
 
