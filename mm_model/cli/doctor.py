@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,12 +152,15 @@ def _pipeline() -> Iterator[Finding]:
 
 
 def _services() -> Iterator[Finding]:
+    endpoint = environment.endpoint_url()
+    with suppress(MMError):  # said above
+        endpoint += load_params().serve.route_prefix.rstrip("/")
     checks: tuple[tuple[str, str, str], ...] = (
         ("MLflow", environment.mlflow_url(), "/health"),
         ("Prefect", environment.prefect_api_url(), "/health"),
         ("Ray", environment.ray_dashboard_url(), "/api/gcs_healthz"),
-        ("endpoint", environment.endpoint_url(), "/healthz"),
-        ("model in the endpoint", environment.endpoint_url(), "/readyz"),
+        ("endpoint", endpoint, "/healthz"),
+        ("model in the endpoint", endpoint, "/readyz"),
     )
     for name, base, path in checks:
         yield _answers(name, base, path)
