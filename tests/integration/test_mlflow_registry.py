@@ -104,8 +104,8 @@ def make_reports(folder: Path, bundle: Path, **figures) -> Path:
     (folder / "table.md").write_text("a table")
     (folder / "example.json").write_text(json.dumps({"sar": sar.tolist()}))
     metrics = {
-        "mean_psnr_db": 15.0,
-        "mean_miou": 0.2,
+        "mean_psnr_of_mean_db": 15.0,
+        "mean_miou_of_mean": 0.2,
         "scene_color_correlation": None,
         "patches": 3,
         "places": 2,
@@ -149,7 +149,7 @@ def test_from_register_to_rollback(at_server, tmp_path):
     assert champion.version == first
     assert champion.run_id
 
-    worse = make_version(tmp_path, model, 2, mean_psnr_db=14.4)
+    worse = make_version(tmp_path, model, 2, mean_psnr_of_mean_db=14.4)
     verdict = registry.gate(model, worse, GATE, evaluate_champion=never)
     assert not verdict.passed
     assert any("14.4" in r and f"version {first}" in r for r in verdict.reasons)
@@ -159,7 +159,7 @@ def test_from_register_to_rollback(at_server, tmp_path):
     with pytest.raises(GateError, match=r"14\.4"):
         registry.promote(model, worse)
 
-    better = make_version(tmp_path, model, 3, mean_psnr_db=16.0)
+    better = make_version(tmp_path, model, 3, mean_psnr_of_mean_db=16.0)
     assert registry.gate(model, better, GATE, evaluate_champion=never).passed
     registry.promote(model, better)
     registry.promote(model, better)  # again: nothing changes
@@ -193,11 +193,11 @@ def test_a_version_says_where_it_comes_from(at_server, tmp_path):
     assert lineage.items() <= found.tags.items()
     assert found.tags["bundle_id"] == bundle_id
     assert found.tags["held_out"] == "a" * 64
-    assert found.tags["metrics.mean_psnr_db"] == "15"
+    assert found.tags["metrics.mean_psnr_of_mean_db"] == "15"
     for part in ("## Limits", "## Intended use", bundle_id, "VV", "3 held-out patches"):
         assert part in found.description
     logged = at_server.get_run(run_id)
-    assert logged.data.metrics["test_mean_miou"] == 0.2
+    assert logged.data.metrics["test_mean_miou_of_mean"] == 0.2
     assert {f.path for f in at_server.list_artifacts(run_id, "reports")} >= {
         "reports/metrics.json",
         "reports/sheets",
@@ -224,9 +224,9 @@ def test_only_the_evaluated_bundle_is_registered(at_server, tmp_path):
 @pytest.mark.parametrize(
     ("model", "figures", "culprit"),
     [
-        ("low-psnr", {"mean_psnr_db": 12.0}, "psnr"),
-        ("low-miou", {"mean_miou": 0.01}, "miou"),
-        ("no-miou", {"mean_miou": None}, "miou"),
+        ("low-psnr", {"mean_psnr_of_mean_db": 12.0}, "psnr"),
+        ("low-miou", {"mean_miou_of_mean": 0.01}, "miou"),
+        ("no-miou", {"mean_miou_of_mean": None}, "miou"),
     ],
 )
 def test_the_gate_holds_to_its_thresholds(at_server, tmp_path, model, figures, culprit):
@@ -238,14 +238,14 @@ def test_the_gate_holds_to_its_thresholds(at_server, tmp_path, model, figures, c
 
 def test_a_champion_of_other_patches_is_evaluated_again(at_server, tmp_path):
     model, asked = "other-patches", []
-    first = make_version(tmp_path, model, 1, mean_psnr_db=20.0)
+    first = make_version(tmp_path, model, 1, mean_psnr_of_mean_db=20.0)
     registry.gate(model, first, GATE, evaluate_champion=never)
     registry.promote(model, first)
     second = make_version(tmp_path, model, 2, held_out="b" * 64)
 
     def again(bundle: Path) -> dict:
         asked.append(load_bundle(bundle).manifest.bundle_id)
-        return {"mean_psnr_db": 15.2, "mean_miou": 0.2, "held_out": "b" * 64}
+        return {"mean_psnr_of_mean_db": 15.2, "mean_miou_of_mean": 0.2, "held_out": "b" * 64}
 
     assert registry.gate(model, second, GATE, evaluate_champion=again).passed
     assert asked == [registry.champion(model).tags["bundle_id"]]
@@ -255,7 +255,7 @@ def test_a_champion_of_other_patches_is_evaluated_again(at_server, tmp_path):
 
 def test_a_champion_of_other_modalities_is_not_compared(at_server, tmp_path):
     model = "more-modalities"
-    first = make_version(tmp_path, model, 1, mean_psnr_db=20.0)
+    first = make_version(tmp_path, model, 1, mean_psnr_of_mean_db=20.0)
     registry.gate(model, first, GATE, evaluate_champion=never)
     registry.promote(model, first)
     at_server.set_model_version_tag(model, str(first), "modalities", "sar, map")
@@ -270,7 +270,7 @@ def test_a_bundle_evaluated_anew_is_judged_by_the_new_figures(at_server, tmp_pat
     bundle = make_bundle(tmp_path / "bundle", 1)
     for number, psnr in enumerate((15.0, 12.0)):
         reports = make_reports(
-            tmp_path / f"reports{number}", bundle, mean_psnr_db=psnr, held_out=f"{number}" * 64
+            tmp_path / f"reports{number}", bundle, mean_psnr_of_mean_db=psnr, held_out=f"{number}" * 64
         )
         version = registry.register(bundle, reports, config_of(model), run_id=None, lineage={})
         verdict = registry.gate(model, version, GATE, evaluate_champion=never)
