@@ -111,15 +111,21 @@ def choose_scenes(data: Path, params: Params) -> list[HeldOut]:
 
 def _blocks(patches: Sequence[Patch]) -> list[list[Patch]]:
     """All blocks of neighbouring patches, or single patches where there is none."""
-    at = {(round(p.grid.transform[2], 3), round(p.grid.transform[5], 3)): p for p in patches}
+
+    def where(patch: Patch, x: float, y: float) -> tuple[object, ...]:
+        # The date too: a place may have been seen more than once.
+        dates = tuple(sorted((name, layer.acquired_at) for name, layer in patch.layers.items()))
+        return patch.grid.crs, round(x, 3), round(y, 3), dates
+
+    at = {where(p, p.grid.transform[2], p.grid.transform[5]): p for p in patches}
     blocks = []
     for patch in patches:
         height, width = patch.grid.shape
         corners = [
             patch.grid.xy(i * height, j * width) for i in range(BLOCK[0]) for j in range(BLOCK[1])
         ]
-        found = [at.get((round(x, 3), round(y, 3))) for x, y in corners]
-        whole = [p for p in found if p is not None and p.grid.crs == patch.grid.crs]
+        found = [at.get(where(patch, x, y)) for x, y in corners]
+        whole = [p for p in found if p is not None]
         if len(whole) == len(corners):
             blocks.append(whole)
     return blocks or [[patch] for patch in patches]
