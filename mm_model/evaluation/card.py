@@ -45,9 +45,8 @@ def model_card(
         f"{f'{len(m.classes)} classes' if m.is_categorical else _unit(m)})"
         for m in modalities
     ]
-    licences = manifest.provenance.get("licences") or [
-        "synthetic data carry none; licences of real rasters are listed in the data's manifest"
-    ]
+    sources: Mapping[str, Mapping[str, str]] = manifest.provenance.get("sources", {})
+    licences = [_licence(name, source) for name, source in sources.items()] or ["not recorded"]
     origin = [f"- {key}: `{value}`" for key, value in sorted(lineage.items())]
     sections = {
         "What": "Any subset of these modalities in, every other one out:\n\n" + "\n".join(bands),
@@ -60,6 +59,11 @@ def model_card(
         "Origin": "\n".join([f"- bundle: `{manifest.bundle_id}`", *origin]),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _licence(name: str, source: Mapping[str, str]) -> str:
+    attribution = source.get("attribution")
+    return f"`{name}`: {source['licence']}" + (f" ({attribution})" if attribution else "")
 
 
 def _unit(modality: Modality) -> str:

@@ -1,6 +1,7 @@
 """Declared rows, held-out patches, and a whole evaluation of a small model, gaps included."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,3 +139,18 @@ def test_the_card_names_what_matters(evaluation, bundle):
     card = model_card(bundle.manifest, MODALITIES, evaluation.metrics, {"git_commit": "abc"})
     for part in ("11 classes", "VV, VH; dB", "5 patches of 2 places", "b" * 64, "`abc`"):
         assert part in card
+
+
+def test_the_card_names_the_licences_and_whom_they_want_named(evaluation, bundle):
+    sources = {
+        "radar": {"licence": "CC-BY-4.0", "attribution": "Somebody 2024"},
+        "height": {"licence": "public domain", "attribution": ""},
+    }
+    for known, lines in (
+        (sources, ["- `radar`: CC-BY-4.0 (Somebody 2024)", "- `height`: public domain"]),
+        ({}, ["- not recorded"]),
+    ):
+        manifest = replace(bundle.manifest, provenance={"sources": known})
+        card = model_card(manifest, MODALITIES, evaluation.metrics, {})
+        section = card.split("## Data licences\n\n")[1].split("\n\n")[0]
+        assert section.splitlines() == lines
