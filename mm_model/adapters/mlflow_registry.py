@@ -31,7 +31,7 @@ from mlflow.models import Model
 from mm_model.adapters import environment, mlflow_pyfunc
 from mm_model.bundle import load_bundle, load_manifest
 from mm_model.config import GateConfig, RegisterConfig, read_yaml
-from mm_model.errors import GateError, RegistryError
+from mm_model.errors import BundleError, GateError, RegistryError
 from mm_model.evaluation.card import model_card
 
 CHAMPION, PREVIOUS = "champion", "previous-champion"
@@ -317,7 +317,9 @@ def _connected() -> Iterator[mlflow.MlflowClient]:
             f"MLflow does not answer at {url}", got=error, remedy="start it with `mm up`"
         ) from error
     except MlflowException as error:
-        raise RegistryError("MLflow refused", got=error.message) from error
+        raise RegistryError(
+            "MLflow refused", got=error.message, remedy="look at var/log/mlflow.log"
+        ) from error
 
 
 def _ensure_model(client: mlflow.MlflowClient, model: str) -> None:
@@ -411,8 +413,13 @@ def _comparison(
         tagged = {k: _figure(current.tags, k) for k in (PSNR, MIOU)}
         figures = {k: v for k, v in tagged.items() if v is not None}
     else:
-        with TemporaryDirectory() as folder:
-            measured = evaluate_champion(fetch_bundle(model, current.version, Path(folder)))
+        try:
+            with TemporaryDirectory() as folder:
+                measured = evaluate_champion(fetch_bundle(model, current.version, Path(folder)))
+        except (BundleError, KeyError) as error:
+            # Of a format that this code no longer knows: no successor could ever be compared.
+            text = f"champion (version {current.version}) cannot be loaded: {error}"
+            return [(True, f"{text}: judged by thresholds alone")]
         if measured["held_out"] != held_out:
             raise RegistryError(
                 "the champion was evaluated on other patches than the candidate",

@@ -22,7 +22,7 @@ from mm_model.adapters import mlflow_registry as registry
 from mm_model.bundle import Manifest, load_bundle, save_bundle
 from mm_model.codec import Codec
 from mm_model.config import GateConfig, RegisterConfig
-from mm_model.errors import GateError, RegistryError
+from mm_model.errors import BundleError, GateError, RegistryError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import select
 from mm_model.nn.model import SceneModel, Size
@@ -265,12 +265,34 @@ def test_a_champion_of_other_modalities_is_not_compared(at_server, tmp_path):
     assert any("other modalities (sar, map)" in reason for reason in verdict.reasons)
 
 
+@pytest.mark.parametrize(("number", "error"), [(1, BundleError("format 0")), (2, KeyError("flow"))])
+def test_a_champion_that_cannot_be_loaded_does_not_end_the_gate(at_server, tmp_path, number, error):
+    model = f"old-format-{number}"
+    first = make_version(tmp_path, model, 1, mean_psnr_of_mean_db=20.0)
+    registry.gate(model, first, GATE, evaluate_champion=never)
+    registry.promote(model, first)
+    second = make_version(tmp_path, model, 2, held_out="b" * 64)
+
+    def fails(_: Path) -> dict:
+        raise error
+
+    verdict = registry.gate(model, second, GATE, evaluate_champion=fails)
+    assert verdict.passed
+    (reason,) = (r for r in verdict.reasons if "cannot be loaded" in r)
+    assert str(error) in reason
+    assert "thresholds alone" in reason
+    assert at_server.get_model_version(model, str(second)).tags["gate.verdict"] == "passed"
+
+
 def test_a_bundle_evaluated_anew_is_judged_by_the_new_figures(at_server, tmp_path):
     model = "anew"
     bundle = make_bundle(tmp_path / "bundle", 1)
     for number, psnr in enumerate((15.0, 12.0)):
         reports = make_reports(
-            tmp_path / f"reports{number}", bundle, mean_psnr_of_mean_db=psnr, held_out=f"{number}" * 64
+            tmp_path / f"reports{number}",
+            bundle,
+            mean_psnr_of_mean_db=psnr,
+            held_out=f"{number}" * 64,
         )
         version = registry.register(bundle, reports, config_of(model), run_id=None, lineage={})
         verdict = registry.gate(model, version, GATE, evaluate_champion=never)
@@ -341,7 +363,7 @@ def test_mlflow_that_is_away_is_one_clear_error(monkeypatch):
 
 
 def test_a_version_that_is_not_there(at_server):
-    with pytest.raises(RegistryError, match="not found"):
+    with pytest.raises(RegistryError, match=r"not found.*var/log/mlflow\.log"):
         registry.promote("nobody", 3)
 
 
