@@ -213,7 +213,10 @@ BAD = {
     "one band": ({"sar": geotiff("dem")}, {}, 422, "layer"),
     "complex": ({"sar": sparse(32, 2, "complex64")}, {}, 422, "layer"),
     "float classes": ({"map": sparse(32, 1)}, {}, 422, "layer"),
-    "unit": ({"rgb": geotiff("rgb"), "sar": sparse(24)}, {}, 422, "layer"),
+    "unit": ({"sar": sparse(24)}, {}, 422, "layer"),
+    "lies nowhere": ({"rgb": geotiff("rgb"), "sar": sparse(24)}, {}, 422, "georeference"),
+    "small": ({"sar": geotiff("sar", GRID.window(0, 0, 15, 40))}, {}, 422, "georeference"),
+    "all observed": ({n: geotiff(n) for n in NAMES}, {}, 422, "request"),
     "unknown modality as file": ({"nir": geotiff("nir")}, {}, 422, "unknown_modality"),
     "unknown target": ({"sar": SAR}, {"target": "lidar"}, 422, "unknown_modality"),
     "observed target": ({"sar": SAR}, {"target": "sar"}, 422, "request"),
@@ -252,12 +255,27 @@ BAD = {
 }  # fmt: skip
 
 
+# What only the pixels tell.
+IN_PIXELS = {"truncated pixels", "unit"}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_request_is_a_problem_that_says_what_to_do(source, case):
     files, fields, status, code = BAD[case]
     problem = refused(generate(source, files, **fields), status, code)
     assert problem.remedy or problem.allowed
     assert isinstance(error_of(problem), errors.RequestError)
+
+
+@pytest.mark.parametrize("case", [c for c in BAD if c not in IN_PIXELS])
+def test_what_form_and_headers_tell_is_decided_before_pixels_are_decoded(source, case, monkeypatch):
+    def decode(*_, **__):
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(raster, "read_raster", decode)
+    files, fields, status, code = BAD[case]
+    # A good layer comes first: it must wait for the headers of those that follow.
+    refused(generate(source, files, **fields), status, code)
 
 
 def test_linear_power_is_told_from_decibel(source):

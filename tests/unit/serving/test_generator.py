@@ -7,6 +7,7 @@ import pytest
 import torch
 from serving_fixtures import GRID, NAMES, make_bundle, make_layer
 
+from mm_model.data import raster
 from mm_model.errors import (
     GeoreferenceError,
     LayerError,
@@ -110,6 +111,38 @@ def test_finest_layer_gives_the_grid_and_coarser_ones_are_warped(generator):
     values, valid = prepared.observed["dem"]
     assert values.shape == (1, *fine.shape)
     assert valid.all()
+
+
+@pytest.mark.parametrize(
+    ("other", "meets"),
+    [
+        (Grid("EPSG:4326", (0.001, 0, 11.0, 0, -0.001, 46.0), 30, 50), True),
+        (Grid("EPSG:4326", (0.001, 0, 11.0, 0, -0.001, 45.9), 30, 50), False),
+        (Grid("EPSG:4326", (0.001, 0, 11.1, 0, -0.001, 46.0), 30, 50), False),
+        (Grid("EPSG:4326", (0.001, 0, 371.0, 0, -0.001, 46.0), 30, 50), True),
+        (Grid("EPSG:4326", (3.6, 0, -180.0, 0, -3.6, 90.0), 50, 100), True),
+        # Around the pole, where longitudes turn.
+        (Grid("EPSG:3995", (9e4, 0, -4.5e6, 0, -9e4, 5.4e6), 120, 100), True),
+    ],
+)
+def test_grids_that_lie_elsewhere_are_told_without_pixels(generator, other, meets):
+    fine = Grid("EPSG:32632", (20.0, 0.0, 656_000.3, 0.0, -20.0, 5_094_000.7), 40, 32)
+    grids = {"dem": other, "sar": fine}
+    if meets:
+        assert generator.check_grids(grids) == fine
+    else:
+        with pytest.raises(GeoreferenceError, match="dem does not overlap"):
+            generator.check_grids(grids)
+
+
+def test_layers_on_either_side_of_the_date_line_meet(generator):
+    west = Grid("EPSG:32660", (100.0, 0, 780_000.0, 0, -100.0, 1_000_000.0), 90, 90)
+    east = Grid("EPSG:4326", (0.01, 0, -180.0, 0, -0.01, 9.05), 20, 20)
+    assert raster.to_lonlat(west.crs, [789_000], [1_000_000])[0, 0] < 0
+    assert generator.check_grids({"sar": west, "dem": east}) == west
+    far = replace(east, transform=(0.01, 0, -170.0, 0, -0.01, 9.05))
+    with pytest.raises(GeoreferenceError, match="dem does not overlap"):
+        generator.check_grids({"sar": west, "dem": far})
 
 
 @pytest.mark.parametrize("shape", [(16, 90), (33, 17)])
