@@ -7,6 +7,7 @@ reads, batches and samples it. Several applications live side by side under thei
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,6 @@ import ray
 import torch
 from ray import serve
 
-from mm_model import __version__
 from mm_model.adapters import environment
 from mm_model.adapters.champion import ChampionFollower
 from mm_model.bundle import load_bundle
@@ -143,8 +143,9 @@ def serve_forever(config: ServeConfig, model: str) -> None:
         with _connected(wait_s=_RAY_START_S):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
             try:
+                # Routes are unique: what held this one before goes when this application comes.
                 for former, former_config in _recorded().items():
-                    if former != model:
+                    if former != model and former_config.route_prefix != config.route_prefix:
                         _deploy(former_config, former)
                 _deploy(config, model)
                 while True:
@@ -163,15 +164,20 @@ def serve_forever(config: ServeConfig, model: str) -> None:
 
 
 def _deploy(config: ServeConfig, model: str) -> None:
-    record = {"version": __version__, "serve": config.model_dump(mode="json")}
+    record = {"code": _code_digest(), "serve": config.model_dump(mode="json")}
     file = _record_file(model)
     if _statuses().get(model) in ("RUNNING", "DEPLOYING") and _read(file) == record:
         return
     options = {"host": environment.endpoint_host(), "port": environment.port("endpoint")}
     try:
         serve.start(http_options=options)
+        for former, former_config in _recorded().items():
+            # A model that was renamed: Serve would refuse a second application on its route.
+            if former != model and former_config.route_prefix == config.route_prefix:
+                serve.delete(former)
+                _record_file(former).unlink(missing_ok=True)
         serve.run(application(config, model), name=model, route_prefix=config.route_prefix)
-    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise ServiceError(
             f"the endpoint of {model} does not start",
             got=" ".join(str(error).split())[:300],
@@ -213,6 +219,16 @@ def _statuses() -> dict[str, str]:
         return {name: app.status.value for name, app in serve.status().applications.items()}
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServiceError("Ray went away", got=error, remedy="start it with `mm up`") from error
+
+
+def _code_digest() -> str:
+    """SHA-256 of this package's code: replicas go on with what they have loaded."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _recorded() -> dict[str, ServeConfig]:

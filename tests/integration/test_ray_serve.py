@@ -244,6 +244,30 @@ def test_deploying_the_same_again_changes_nothing(platform, versions):
     assert replica_pids() == before
 
 
+def test_other_code_is_taken_up_by_a_new_replica(platform, versions, monkeypatch):
+    from mm_model.adapters import ray_serve
+
+    before = replica_pids()
+    monkeypatch.setattr(ray_serve, "_code_digest", lambda: "after git pull")
+    ray_serve.deploy(CONFIG, MODEL)
+    assert not set(replica_pids()) & set(before)
+
+
+def test_a_renamed_model_takes_over_the_route_of_its_former_name(platform, versions):
+    from mm_model.adapters.ray_serve import deploy, undeploy
+
+    config = CONFIG.model_copy(update={"route_prefix": "/second"})
+    deploy(config, "former")
+    assert httpx.get(f"{platform.url}/second/healthz").is_success
+    deploy(config, "renamed")
+    wait_for(f"{platform.url}/second/healthz", platform.serving)
+    records = {path.stem for path in (platform.folder / "var/endpoints").iterdir()}
+    assert records == {MODEL, "renamed"}
+    undeploy("renamed")
+    with Client(platform.url) as client:  # the other route has not noticed
+        assert client.ready()
+
+
 def test_a_killed_replica_comes_back_without_mlflow(platform, versions):
     with Client(platform.url) as client:
         platform.point_alias(versions["second"])
