@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -18,7 +21,7 @@ import pytest
 from mm_model.adapters import dvc, services
 from mm_model.errors import ServiceError
 
-CONFIG = Path(__file__).resolve().parents[2] / "infra/local/supervisord.conf"
+CONFIG = Path(__file__).resolve().parents[3] / "infra/local/supervisord.conf"
 
 
 @pytest.fixture
@@ -67,6 +70,29 @@ def test_what_a_service_needs_is_started_with_it() -> None:
     assert names == ["mlflow", "ray", "endpoint"]
     with pytest.raises(ServiceError, match="no such service"):
         services._with_needs(["grafana"])
+
+
+def test_the_endpoint_is_asked_below_its_route_prefix(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alive(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/earth/healthz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    params = (CONFIG.parents[2] / "params.yaml").read_text()
+    (endpoint,) = (s for s in services.SERVICES if s.name == "endpoint")
+    with HTTPServer(("127.0.0.1", 0), Alive) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MM_ENDPOINT_PORT", str(server.server_port))
+        for prefix, answers in (("/earth", True), ("/", False)):
+            changed = re.sub("route_prefix: .*", f"route_prefix: {prefix}", params)
+            (project / "params.yaml").write_text(changed)
+            assert endpoint.answers() is answers
+        server.shutdown()
 
 
 def test_the_ray_token_is_secret_and_kept(project: Path) -> None:

@@ -32,14 +32,17 @@ PLAUSIBLE = {
 
 
 def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
-    """Weights are random, those that start at zero too: every input reaches every output."""
+    """Weights are random, those that start at zero too: every input reaches every output.
+
+    Widths are multiples of 16, as in every declared size: see `sampler._Chunks`.
+    """
     modalities = tuple(MODALITIES[n] for n in names)
     measured = {m.name: _statistics(m) for m in modalities}
     statistics = {"patches": 4, "places": 2, "modalities": measured}
     seen = [{"modalities": list(names), "patches": 4}]
     torch.manual_seed(seed)
     model = SceneModel(
-        modalities, Size(8, 8, 16, 1, 1, 1, 2, 4), Codec(modalities, statistics), seen, PATCH_PX
+        modalities, Size(16, 16, 32, 1, 1, 1, 2, 4), Codec(modalities, statistics), seen, PATCH_PX
     )
     with torch.no_grad():
         for parameter in model.parameters():
