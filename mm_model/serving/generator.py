@@ -20,7 +20,13 @@ from mm_model.generative.sampler import sample
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.scene import Scene
-from mm_model.serving.layers import ObservedLayer, check_layer, onto, reference_grid
+from mm_model.serving.layers import (
+    ObservedLayer,
+    check_layer,
+    check_overlap,
+    onto,
+    reference_grid,
+)
 
 __all__ = ["Generator", "ObservedLayer", "Prepared", "Request", "Result", "sample_seeds"]
 
@@ -125,15 +131,20 @@ class Generator:
         Raises:
             RequestError: what is wrong with it; one of the subclasses where there is one.
         """
-        self._check_numbers(request)
-        for name in (*request.observed, *request.targets):
-            self.modality(name)
+        wanted = self.check_form(
+            tuple(request.observed),
+            request.targets,
+            request.grid,
+            samples=request.samples,
+            seed=request.seed,
+            steps=request.steps,
+        )
         # The model's order, not the caller's: the order of parts decides nothing.
         layers = {n: request.observed[n] for n in self.modalities if n in request.observed}
         for name, layer in layers.items():
             self.check_side(name, layer.grid)
             check_layer(self.modalities[name], layer)
-        grid = self._grid(request, layers)
+        grid = request.grid or self.check_grids({n: layer.grid for n, layer in layers.items()})
         observed = {
             name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
         }
@@ -142,7 +153,7 @@ class Generator:
             grid=grid,
             observed=observed,
             valid=np.logical_or.reduce(known),
-            targets=self._targets(request),
+            targets=wanted,
             samples=request.samples,
             seed=request.seed,
             steps=request.steps,
@@ -190,46 +201,60 @@ class Generator:
                 remedy="send it in tiles",
             )
 
-    def _check_numbers(self, request: Request) -> None:
-        if not 1 <= request.steps <= MAX_STEPS:
-            raise RequestError("steps", got=request.steps, allowed=f"1 to {MAX_STEPS}")
-        if not 0 <= request.seed <= MAX_SEED:
-            raise RequestError("seed", got=request.seed, allowed=f"0 to {MAX_SEED}")
-        if not 1 <= request.samples <= self.max_samples:
-            raise RequestError("samples", got=request.samples, allowed=f"1 to {self.max_samples}")
+    def check_form(
+        self,
+        observed: Sequence[str],
+        targets: Sequence[str],
+        grid: Grid | None,
+        *,
+        samples: int,
+        seed: int,
+        steps: int,
+    ) -> tuple[str, ...]:
+        """Check what can be said of a `Request` by the names of its layers alone.
 
-    def _targets(self, request: Request) -> tuple[str, ...]:
-        """The wanted modalities, in the model's order."""
-        observed = [name for name in request.targets if name in request.observed]
-        if observed or len(set(request.targets)) != len(request.targets):
-            raise RequestError(
-                "targets",
-                got=", ".join(request.targets),
-                allowed="each once, and none that is observed",
-                remedy=f"leave out {', '.join(observed)}" if observed else "name each once",
-            )
-        wanted = request.targets or tuple(n for n in self.modalities if n not in request.observed)
-        if not wanted:
-            raise RequestError(
-                "targets",
-                got="every modality is observed",
-                allowed="one or more that are not",
-                remedy="leave a layer out",
-            )
-        return tuple(name for name in self.modalities if name in wanted)
+        Returns:
+            The modalities to generate, in the model's order.
 
-    def _grid(self, request: Request, layers: Mapping[str, ObservedLayer]) -> Grid:
-        if layers and request.grid is not None:
+        Raises:
+            RequestError: what is wrong; one of the subclasses where there is one.
+        """
+        if not 1 <= steps <= MAX_STEPS:
+            raise RequestError("steps", got=steps, allowed=f"1 to {MAX_STEPS}")
+        if not 0 <= seed <= MAX_SEED:
+            raise RequestError("seed", got=seed, allowed=f"0 to {MAX_SEED}")
+        if not 1 <= samples <= self.max_samples:
+            raise RequestError("samples", got=samples, allowed=f"1 to {self.max_samples}")
+        for name in (*observed, *targets):
+            self.modality(name)
+        if observed and grid is not None:
             raise RequestError(
                 "a grid beside observed layers",
                 remedy="leave out width, height, crs and transform: the finest layer says where",
             )
-        grid = reference_grid(layers) if layers else request.grid
-        if grid is None:
+        if not observed and grid is None:
             raise RequestError(
                 "no layer and no grid",
                 remedy="send a GeoTIFF, or name the width and height to generate",
             )
+        if grid is not None:
+            self._check_scene(grid)
+        return self._targets(observed, targets)
+
+    def check_grids(self, grids: Mapping[str, Grid]) -> Grid:
+        """The grid of an answer to layers on these grids, in the model's order.
+
+        Raises:
+            TooLargeError, GeoreferenceError: it is too large or too small, or a layer lies
+                elsewhere or nowhere.
+        """
+        grid = reference_grid(grids)
+        self._check_scene(grid)
+        for name, other in grids.items():
+            check_overlap(name, other, grid)
+        return grid
+
+    def _check_scene(self, grid: Grid) -> None:
         self.check_side("grid", grid)
         if min(grid.shape) < MIN_SIDE_PX:
             raise GeoreferenceError(
@@ -238,7 +263,26 @@ class Generator:
                 allowed=f"at least {MIN_SIDE_PX} a side",
                 remedy="send a larger piece",
             )
-        return grid
+
+    def _targets(self, observed: Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
+        """The wanted modalities, in the model's order."""
+        both = [name for name in targets if name in observed]
+        if both or len(set(targets)) != len(targets):
+            raise RequestError(
+                "targets",
+                got=", ".join(targets),
+                allowed="each once, and none that is observed",
+                remedy=f"leave out {', '.join(both)}" if both else "name each once",
+            )
+        wanted = targets or tuple(n for n in self.modalities if n not in observed)
+        if not wanted:
+            raise RequestError(
+                "targets",
+                got="every modality is observed",
+                allowed="one or more that are not",
+                remedy="leave a layer out",
+            )
+        return tuple(name for name in self.modalities if name in wanted)
 
     def _sample_group(
         self, group: Sequence[Prepared], check: Callable[[], None] | None

@@ -15,6 +15,7 @@ from mm_model.modalities import Modality, Quantity
 
 # A median says something about the unit only where enough pixels stand behind it.
 _MEDIAN_NEEDS_PIXELS = 256
+_LATTICE = 17  # points a side
 _EARTH_RADIUS_M = 6_371_000.0
 
 
@@ -108,13 +109,12 @@ def _remedy(modality: Modality, least: float, most: float, median: float) -> str
     return f"write what lies outside as nodata, or convert it to {modality.unit}"
 
 
-def reference_grid(layers: Mapping[str, ObservedLayer]) -> Grid:
-    """The grid of the layer with the fewest metres a pixel; of equals (within 1 %), the first.
+def reference_grid(grids: Mapping[str, Grid]) -> Grid:
+    """The layers' grid with the fewest metres a pixel; of equals (within 1 %), the first.
 
     Raises:
         GeoreferenceError: layers differ in grid and one of them says not where it lies.
     """
-    grids = {name: layer.grid for name, layer in layers.items()}
     first = next(iter(grids.values()))
     if all(grid == first for grid in grids.values()):
         return first
@@ -155,13 +155,51 @@ def onto(
         layer.values, layer.valid, layer.grid, grid, categorical=modality.is_categorical
     )
     if not valid.any():
-        raise GeoreferenceError(
-            f"layer {name} does not overlap the finest layer",
-            got=f"bounds {_rounded(layer.grid)} in {_short(layer.grid.crs)}",
-            allowed=f"valid pixels within {_rounded(grid)} in {_short(grid.crs)}",
-            remedy="give layers of one place",
-        )
+        raise _elsewhere(name, layer.grid, grid)
     return values, valid
+
+
+def check_overlap(name: str, grid: Grid, finest: Grid) -> None:
+    """Refuse a layer that lies elsewhere than the finest, by what their grids say.
+
+    Boxes in longitude and latitude are compared: what passes may still lie beside it, which `onto`
+    tells from the pixels.
+
+    Raises:
+        GeoreferenceError: the boxes do not overlap.
+    """
+    if grid == finest:
+        return
+    (west, south, east, north), other = _lonlat_box(grid), _lonlat_box(finest)
+    # The date line is where 180 is -180: the same box, a turn further.
+    turns = (other[0] < east + turn and west + turn < other[2] for turn in (-360, 0, 360))
+    if not any(turns) or not (other[1] < north and south < other[3]):
+        raise _elsewhere(name, grid, finest)
+
+
+def _lonlat_box(grid: Grid) -> tuple[float, float, float, float]:
+    """West, south, east, north in degrees around a grid, from a lattice of its points.
+
+    The lattice reaches inside, since a pole may lie there; a margin makes up for what lies between.
+    """
+    steps = np.linspace(0, 1, _LATTICE)
+    points = [grid.xy(v * grid.height, u * grid.width) for v in steps for u in steps]
+    lonlat = raster.to_lonlat(grid.crs, *zip(*points, strict=True))
+    if np.ptp(lonlat[:, 0]) > 180:  # it crosses the date line
+        lonlat[lonlat[:, 0] < 0, 0] += 360
+    margin = np.ptp(lonlat, axis=0) / 8
+    west, south = lonlat.min(axis=0) - margin
+    east, north = lonlat.max(axis=0) + margin
+    return float(west), float(south), float(east), float(north)
+
+
+def _elsewhere(name: str, grid: Grid, finest: Grid) -> GeoreferenceError:
+    return GeoreferenceError(
+        f"layer {name} does not overlap the finest layer",
+        got=f"bounds {_rounded(grid)} in {_short(grid.crs)}",
+        allowed=f"valid pixels within {_rounded(finest)} in {_short(finest.crs)}",
+        remedy="give layers of one place",
+    )
 
 
 def _rounded(grid: Grid) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,24 +55,29 @@ class Part:
 def read_request(parts: Sequence[Part], generator: Generator) -> Request:
     """The request that a form makes.
 
+    Whatever form and headers tell is decided before a pixel is decoded.
+
     Raises:
         RequestError: a part is unknown, twice there, malformed or no GeoTIFF of its modality.
     """
     _check_names(parts, generator)
     texts = {p.name: p.content for p in parts if isinstance(p.content, str)}
-    observed = {
-        p.name: read_layer(p.content, generator.modality(p.name), generator)
-        for p in parts
-        if isinstance(p.content, bytes)
+    files = {p.name: p.content for p in parts if isinstance(p.content, bytes)}
+    numbers = {
+        "samples": _integer(texts, "samples", 1),
+        "seed": _integer(texts, "seed", 0),
+        "steps": _integer(texts, "steps", DEFAULT_STEPS),
     }
-    return Request(
-        observed=observed,
-        targets=tuple(str(p.content) for p in parts if p.name == "target"),
-        samples=_integer(texts, "samples", 1),
-        seed=_integer(texts, "seed", 0),
-        steps=_integer(texts, "steps", DEFAULT_STEPS),
-        grid=_grid(texts),
-    )
+    targets = tuple(str(p.content) for p in parts if p.name == "target")
+    grid = _grid(texts)
+    generator.check_form(tuple(files), targets, grid, **numbers)
+    modalities = {name: generator.modality(name) for name in files}
+    headers = {n: read_header(files[n], m, generator) for n, m in modalities.items()}
+    if headers:
+        # The model's order, as the generator takes them.
+        generator.check_grids({n: headers[n].grid for n in generator.modalities if n in headers})
+    observed = {n: _decode(files[n], headers[n], m) for n, m in modalities.items()}
+    return Request(observed=observed, targets=targets, grid=grid, **numbers)
 
 
 def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
@@ -85,6 +91,11 @@ def read_layer(content: bytes, modality: Modality, generator: Generator) -> Obse
         TooLargeError: it declares more pixels than are allowed.
         LayerError: it has other bands or another type of pixels.
     """
+    return _decode(content, read_header(content, modality, generator), modality)
+
+
+def read_header(content: bytes, modality: Modality, generator: Generator) -> raster.RasterHeader:
+    """The header of a modality's GeoTIFF, checked; raises what `read_layer` does."""
     part = f"part {modality.name}"
     if not content.startswith(_SIGNATURES):
         raise MediaTypeError(
@@ -93,16 +104,19 @@ def read_layer(content: bytes, modality: Modality, generator: Generator) -> Obse
             allowed="a GeoTIFF file",
             remedy="convert it with gdal_translate -of GTiff",
         )
-    try:
+    with _whole_file():
         header = raster.read_header(content, part)
-        _check_header(header, modality, part, generator)
-        names = header.band_names
-        by_name = sorted(names) == sorted(modality.band_names)
-        found = raster.read_raster(content, part, bands=modality.band_names if by_name else None)
-    except RasterError as error:
-        raise MediaTypeError(
-            error.what, got=error.got, allowed=error.allowed, remedy="send the whole file again"
-        ) from error
+    _check_header(header, modality, part, generator)
+    return header
+
+
+def _decode(content: bytes, header: raster.RasterHeader, modality: Modality) -> ObservedLayer:
+    names = header.band_names
+    by_name = sorted(names) == sorted(modality.band_names)
+    with _whole_file():
+        found = raster.read_raster(
+            content, f"part {modality.name}", bands=modality.band_names if by_name else None
+        )
     values = found.values
     scales, offsets = np.array(header.scales), np.array(header.offsets)
     if (scales != 1).any() or (offsets != 0).any():
@@ -112,6 +126,17 @@ def read_layer(content: bytes, modality: Modality, generator: Generator) -> Obse
     if modality.is_categorical:
         valid = valid & (values != modality.nodata).all(axis=0)
     return ObservedLayer(values, valid, header.grid)
+
+
+@contextmanager
+def _whole_file() -> Iterator[None]:
+    """A file that cannot be read is of the wrong type to who sent it."""
+    try:
+        yield
+    except RasterError as error:
+        raise MediaTypeError(
+            error.what, got=error.got, allowed=error.allowed, remedy="send the whole file again"
+        ) from error
 
 
 def _check_header(

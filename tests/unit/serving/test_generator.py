@@ -121,8 +121,7 @@ def test_finest_layer_gives_the_grid_and_coarser_ones_are_warped(generator):
         (Grid("EPSG:4326", (0.001, 0, 11.1, 0, -0.001, 46.0), 30, 50), False),
         (Grid("EPSG:4326", (0.001, 0, 371.0, 0, -0.001, 46.0), 30, 50), True),
         (Grid("EPSG:4326", (3.6, 0, -180.0, 0, -3.6, 90.0), 50, 100), True),
-        # Around the pole, where longitudes turn.
-        (Grid("EPSG:3995", (9e4, 0, -4.5e6, 0, -9e4, 5.4e6), 120, 100), True),
+        (Grid("EPSG:3995", (1.2e5, 0, -5.4e6, 0, -1.2e5, 5.4e6), 90, 91), True),
     ],
 )
 def test_grids_that_lie_elsewhere_are_told_without_pixels(generator, other, meets):
@@ -136,13 +135,19 @@ def test_grids_that_lie_elsewhere_are_told_without_pixels(generator, other, meet
 
 
 def test_layers_on_either_side_of_the_date_line_meet(generator):
-    west = Grid("EPSG:32660", (100.0, 0, 780_000.0, 0, -100.0, 1_000_000.0), 90, 90)
+    west = Grid("EPSG:32660", (100.0, 0, 826_000.0, 0, -100.0, 1_000_000.0), 90, 90)
     east = Grid("EPSG:4326", (0.01, 0, -180.0, 0, -0.01, 9.05), 20, 20)
-    assert raster.to_lonlat(west.crs, [789_000], [1_000_000])[0, 0] < 0
+    assert raster.to_lonlat(west.crs, [835_000], [1_000_000])[0, 0] < 0
     assert generator.check_grids({"sar": west, "dem": east}) == west
     far = replace(east, transform=(0.01, 0, -170.0, 0, -0.01, 9.05))
     with pytest.raises(GeoreferenceError, match="dem does not overlap"):
         generator.check_grids({"sar": west, "dem": far})
+
+
+def test_a_layer_around_the_pole_holds_what_lies_at_the_pole(generator):
+    around = Grid("EPSG:3413", (9e3, 0, -4e5, 0, -9e3, 4.05e5), 90, 91)
+    at = Grid("EPSG:3995", (100.0, 0, 2e3, 0, -100.0, 2e3), 20, 24)
+    assert generator.check_grids({"sar": at, "dem": around}) == at
 
 
 @pytest.mark.parametrize("shape", [(16, 90), (33, 17)])
