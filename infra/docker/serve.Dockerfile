@@ -37,4 +37,4 @@ EXPOSE 8000
 ENTRYPOINT ["tini", "--"]
 CMD ["mm", "serve"]
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=6 \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/-/healthz', timeout=4)"]

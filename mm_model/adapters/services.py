@@ -35,6 +35,7 @@ from mm_model.adapters.environment import (
     service_environment,
     state_dir,
 )
+from mm_model.config import load_params
 from mm_model.errors import ServiceError
 
 WORK_POOL = "local"
@@ -105,14 +106,17 @@ def _worker_answers() -> bool:
     return answer.status_code == 200 and any(w["status"] == "ONLINE" for w in answer.json())
 
 
+def _endpoint_answers() -> bool:
+    prefix = load_params(project_root() / "params.yaml").serve.route_prefix.rstrip("/")
+    return _ok("endpoint", f"{prefix}/healthz")
+
+
 SERVICES = (
     Service("mlflow", ("mlflow",), lambda: _ok("mlflow", "/health")),
     Service("prefect", ("prefect",), lambda: _ok("prefect", "/api/health")),
     Service("ray", ("ray_dashboard", "ray", "ray_client"), _ray_answers),
     Service("prefect-worker", (), _worker_answers, needs=("prefect",)),
-    Service(
-        "endpoint", ("endpoint",), lambda: _ok("endpoint", "/healthz"), needs=("mlflow", "ray")
-    ),
+    Service("endpoint", ("endpoint",), _endpoint_answers, needs=("mlflow", "ray")),
 )
 
 
