@@ -82,9 +82,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def api(path: str, body: object = None) -> Any:
-    answer = httpx.request(
-        "GET" if body is None else "POST", f"{prefect_api_url()}{path}", json=body, timeout=30
-    )
+    # SQLite may be locked for a moment: the server then says 503, and Prefect's own client tries
+    # again as well.
+    for _ in range(10):
+        answer = httpx.request(
+            "GET" if body is None else "POST", f"{prefect_api_url()}{path}", json=body, timeout=30
+        )
+        if answer.status_code != 503:
+            break
+        time.sleep(1)
     answer.raise_for_status()
     return answer.json()
 
