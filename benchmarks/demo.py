@@ -67,7 +67,7 @@ def _timed(clone: Path, environment: dict[str, str], target: str) -> float:
 
 def _installation_seconds(clone: Path) -> float:
     """From the folder's making to the stamp that `make setup` leaves last."""
-    stamp = clone / ".venv" / ".installed"
+    stamp = clone / ".venv" / "bin" / ".installed"
     return stamp.stat().st_mtime - (clone / ".venv" / "pyvenv.cfg").stat().st_mtime
 
 
