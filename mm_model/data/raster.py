@@ -60,11 +60,6 @@ class RasterHeader:
     def bands(self) -> int:
         return len(self.band_names)
 
-    @property
-    def decoded_bytes(self) -> int:
-        """Memory that all its pixels take once decoded."""
-        return self.bands * self.grid.height * self.grid.width * np.dtype(self.dtype).itemsize
-
 
 @dataclass(frozen=True)
 class Raster:

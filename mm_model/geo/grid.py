@@ -84,17 +84,3 @@ class Grid:
         for row in range(0, self.height - patch_px + 1, stride):
             for col in range(0, self.width - patch_px + 1, stride):
                 yield row, col
-
-    def intersects(self, other: Grid) -> bool:
-        """Whether the bounds of two grids of the same CRS share some area."""
-        if self.crs != other.crs:
-            raise GeoreferenceError(
-                "grids of two reference systems",
-                got=f"{self.crs} and {other.crs}",
-                remedy="reproject one of them first",
-            )
-        left, bottom, right, top = self.bounds
-        other_left, other_bottom, other_right, other_top = other.bounds
-        return (
-            left < other_right and other_left < right and bottom < other_top and other_bottom < top
-        )
