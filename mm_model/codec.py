@@ -4,6 +4,9 @@ Model space is where the networks live: one stacked tensor [B, C, H, W] of every
 (`modalities.channel_slices`), 0 where nothing is known, and one mask [B, M, H, W]. Continuous
 channels are stabilised (`Transform`), centred and brought to a standard deviation of `SPREAD`;
 categorical ones are one-hot minus 1/K, so that a softmax minus 1/K is their posterior mean.
+
+A quantity h that `splits_relief` has two channels a band: level = S h and relief = h − S level, S
+being the mean over a box. So h = S level + relief, and the noise of a generated level averages out.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.errors import DataError, LayerError, UnknownModalityError
-from mm_model.modalities import Modality, channel_slices
+from mm_model.modalities import LEVEL_PX, Modality, channel_slices
 from mm_model.scene import Scene
 
 SPREAD = 0.65  # measured: 0.55 to 0.8 learns well beside unit noise
@@ -106,12 +110,27 @@ class Codec(nn.Module):
             ),
         )
 
-    def decode(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    def decode(
+        self, x: Tensor, names: Sequence[str], mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Physical values of the named modalities, [B, bands, H, W], within their valid range.
 
         Categorical modalities come as uint8 class codes, the likeliest class of each pixel.
+
+        Args:
+            x: in model space, [B, C, H, W].
+            names: the wanted ones.
+            mask: as `encode` gave it, bool [B, M, H, W], where x has gaps: only with it are levels
+                averaged over known pixels alone. None where x is complete, as generated.
         """
-        return {name: self._decode_layer(self._known(name), x) for name in names}
+        everywhere = torch.ones_like(x[:, :1], dtype=torch.bool)
+        decoded = {}
+        for name in names:
+            modality = self._known(name)
+            index = self.modalities.index(modality)
+            valid = everywhere if mask is None else mask[:, index, None]
+            decoded[name] = self._decode_layer(modality, x, valid)
+        return decoded
 
     def class_probabilities(self, x: Tensor, name: str) -> Tensor:
         """Probabilities of a categorical modality's classes, [B, K, H, W], adding up to 1."""
@@ -152,13 +171,16 @@ class Codec(nn.Module):
             raise LayerError(
                 f"valid pixels of {name}", got="NaN or infinity", remedy="mask them as invalid"
             )
+        if modality.splits_relief:
+            level = _box_mean(values, valid)
+            values = torch.cat([level, values - _box_mean(level, valid)], 1)
         center, scale, shift, gain = (
             self._column(b, name, values) for b in (self.center, self.scale, self.shift, self.gain)
         )
         stabilised = modality.transform.forward(values, center, scale, torch)
         return (stabilised - shift) * gain  # type: ignore[no-any-return]
 
-    def _decode_layer(self, modality: Modality, x: Tensor) -> Tensor:
+    def _decode_layer(self, modality: Modality, x: Tensor, valid: Tensor) -> Tensor:
         name = modality.name
         encoded = x[:, self.slices[name]]
         if modality.is_categorical:
@@ -168,7 +190,34 @@ class Codec(nn.Module):
             self._column(b, name, x) for b in (self.center, self.scale, self.shift, self.gain)
         )
         values = modality.transform.inverse(encoded / gain + shift, center, scale, torch)
+        if modality.splits_relief:
+            level, relief = values.chunk(2, 1)
+            # A wild pixel must not carry its whole box out of the range.
+            values = _box_mean(level.clamp(*modality.valid_range), valid) + relief
         return values.clamp(*modality.valid_range)  # type: ignore[no-any-return]
+
+
+def _box_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """S: the mean over the valid pixels in a box of `LEVEL_PX` around each pixel, [B, K, H, W].
+
+    Where there are none, that of all valid pixels of the layer; 0 if it has none. `data.stats` has
+    the same for numpy.
+    """
+    known, weight = torch.where(valid, values, 0), valid.to(values.dtype)
+    share = _pool(weight)
+    overall = known.sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1)
+    return torch.where(share > 0, _pool(known) / share, overall)
+
+
+def _pool(image: Tensor) -> Tensor:
+    """Mean over the part of a box of `LEVEL_PX` that lies within the image, [B, K, H, W].
+
+    So that the weight of a complete layer is exactly 1.
+    """
+    half = LEVEL_PX // 2
+    for kernel, padding in (((LEVEL_PX, 1), (half, 0)), ((1, LEVEL_PX), (0, half))):
+        image = F.avg_pool2d(image, kernel, 1, padding, count_include_pad=False)
+    return image
 
 
 def _buffer_rows(
@@ -192,8 +241,14 @@ def _buffer_rows(
         raise DataError(
             f"bands in the statistics of {modality.name}", got=names, allowed=modality.band_names
         )
+    channels = list(record["bands"])
+    if modality.splits_relief:
+        channels += [
+            {"name": f"{band['name']}: relief", "center": 0.0, **band["relief"]}
+            for band in record["bands"]
+        ]
     rows = []
-    for band in record["bands"]:
+    for band in channels:
         mean, std = float(band["transformed_mean"]), float(band["transformed_std"])
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise DataError(

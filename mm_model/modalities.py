@@ -14,6 +14,10 @@ from typing import Any
 
 from mm_model.errors import ConfigError
 
+# Side of the box whose mean is the level of a quantity that `splits_relief`; odd, so that it has a
+# middle. Chosen, not measured: half of a training patch of 64 px.
+LEVEL_PX = 33
+
 
 class Kind(StrEnum):
     """How values may be treated: averaged and regressed, or counted and classified."""
@@ -74,6 +78,9 @@ class QuantityTraits:
         plausible_median: where the median of a layer of some size lies; it tells linear power from
             dB, digital numbers from reflectance and Celsius from kelvin.
         transform: how model space sees it.
+        splits_relief: whether model space has two channels a band, its level (the mean over a box
+            of `LEVEL_PX`) and its relief (what that leaves). For quantities whose texture is small
+            beside their range; the transform must take negative values, too.
     """
 
     unit: str
@@ -81,6 +88,7 @@ class QuantityTraits:
     valid_range: tuple[float, float]
     plausible_median: tuple[float, float]
     transform: Transform
+    splits_relief: bool = False
 
 
 _TRAITS: Mapping[Quantity, QuantityTraits] = MappingProxyType(
@@ -92,7 +100,12 @@ _TRAITS: Mapping[Quantity, QuantityTraits] = MappingProxyType(
             "dB", Kind.CONTINUOUS, (-60.0, 40.0), (-45.0, -1.0), Transform.LINEAR
         ),
         Quantity.ELEVATION: QuantityTraits(
-            "m", Kind.CONTINUOUS, (-500.0, 9000.0), (-500.0, 9000.0), Transform.ASINH
+            "m",
+            Kind.CONTINUOUS,
+            (-500.0, 9000.0),
+            (-500.0, 9000.0),
+            Transform.ASINH,
+            splits_relief=True,
         ),
         Quantity.TEMPERATURE: QuantityTraits(
             "K", Kind.CONTINUOUS, (150.0, 400.0), (180.0, 350.0), Transform.LINEAR
@@ -190,6 +203,10 @@ class Modality:
         return self.quantity.traits.transform
 
     @property
+    def splits_relief(self) -> bool:
+        return self.quantity.traits.splits_relief
+
+    @property
     def valid_range(self) -> tuple[float, float]:
         return self.quantity.traits.valid_range
 
@@ -204,8 +221,13 @@ class Modality:
 
     @property
     def channels(self) -> int:
-        """Number of channels in model space: one a band, or one a class."""
-        return len(self.classes) if self.is_categorical else len(self.bands)
+        """Number of channels in model space: one a class, or one a band.
+
+        Where the quantity `splits_relief`, two a band: all levels, then all reliefs.
+        """
+        if self.is_categorical:
+            return len(self.classes)
+        return len(self.bands) * (2 if self.splits_relief else 1)
 
     @property
     def dtype(self) -> str:

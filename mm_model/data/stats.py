@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_model.data.patch import Layer
 from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
-from mm_model.modalities import Modality, Transform
+from mm_model.modalities import LEVEL_PX, Modality, Transform
 
 QUANTILES = (0.01, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 0.98, 0.99)
 # Resolution of quantiles: a 65,536th of the valid range (0.00003 of reflectance, 0.15 m, 0.0015 dB)
 _BINS = 1 << 16
 # The least scale of an ASINH transform, in units: below it lies noise, not relief.
 _LEAST_SCALE = 10.0
+_LEAST_RELIEF_SCALE = 1.0  # the same for what a level leaves
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def compute_statistics(
     Returns:
         patches, places; for each modality its pixels and, for each band, mean, std, min, max,
         quantiles and the constants of its transform (or, for classes, the count of each code);
-        and the sets of modalities that occur together.
+        and the sets of modalities that occur together. A band that is split into level and relief
+        has the constants of its level (centre and scale are those of the values), and those of
+        its relief as `relief`.
 
     Raises:
         DataError: there is no patch, or a modality has no valid pixel.
@@ -144,28 +148,35 @@ def compute_statistics(
 def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality) -> dict[str, Any]:
     if modality.is_categorical:
         counts = np.zeros(256, dtype=np.int64)
-        for values in _known(store, positions, modality):
-            counts += np.bincount(values[0], minlength=256)
+        for layer in _layers(store, positions, modality):
+            counts += np.bincount(layer.values[0, layer.valid], minlength=256)
         _require(int(counts.sum()), modality)
         classes = {str(code): int(counts[code]) for code in modality.class_codes}
         return {"pixels": int(counts.sum()), "classes": classes}
+    bands, (low, high) = len(modality.bands), modality.valid_range
+    ranges = [(low, high)] * bands + [(low - high, high - low)] * (modality.channels - bands)
     summaries: list[BandSummary] | None = None
-    for values in _known(store, positions, modality):
-        parts = [BandSummary.of(band, modality.valid_range) for band in values]
+    for layer in _layers(store, positions, modality):
+        known = [*layer.values[:, layer.valid], *_channels(layer, modality)[bands:]]
+        parts = [BandSummary.of(v, limits) for v, limits in zip(known, ranges, strict=True)]
         summaries = (
             [a.merge(b) for a, b in zip(summaries, parts, strict=True)] if summaries else parts
         )
-    pixels = summaries[0].moments.count if summaries else 0
-    _require(pixels, modality)
+    _require(summaries[0].moments.count if summaries else 0, modality)
     assert summaries is not None
-    constants = [_transform_constants(modality.transform, s) for s in summaries]
-    transformed = [Moments() for _ in summaries]
-    for values in _known(store, positions, modality):
-        for i, band in enumerate(values):
-            mapped = modality.transform.forward(band.astype(np.float64), *constants[i], xp=np)
+    constants = [_transform_constants(modality.transform, s) for s in summaries[:bands]]
+    constants += [(0.0, _half_spread(s, _LEAST_RELIEF_SCALE)) for s in summaries[bands:]]
+    transformed = [Moments() for _ in constants]
+    for layer in _layers(store, positions, modality):
+        for i, channel in enumerate(_channels(layer, modality)):
+            mapped = modality.transform.forward(channel, *constants[i], xp=np)
             transformed[i] = transformed[i].merge(Moments.of(mapped))
+    records = [
+        {"scale": scale, "transformed_mean": moments.mean, "transformed_std": moments.std}
+        for (_, scale), moments in zip(constants, transformed, strict=True)
+    ]
     return {
-        "pixels": pixels,
+        "pixels": summaries[0].moments.count,
         "bands": [
             {
                 "name": name,
@@ -174,26 +185,53 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
                 "min": summary.least,
                 "max": summary.greatest,
                 "quantiles": {str(q): summary.quantile(q) for q in QUANTILES},
-                "center": constant[0],
-                "scale": constant[1],
-                "transformed_mean": moments.mean,
-                "transformed_std": moments.std,
+                "center": constants[i][0],
+                **records[i],
+                **({"relief": records[bands + i]} if modality.splits_relief else {}),
             }
-            for name, summary, constant, moments in zip(
-                modality.band_names, summaries, constants, transformed, strict=True
+            for i, (name, summary) in enumerate(
+                zip(modality.band_names, summaries[:bands], strict=True)
             )
         ],
     }
 
 
-def _known(
-    store: PatchStore, positions: Sequence[int], modality: Modality
-) -> Iterable[NDArray[Any]]:
-    """Valid pixels [bands, n] of each patch that has the modality."""
+def _layers(store: PatchStore, positions: Sequence[int], modality: Modality) -> Iterable[Layer]:
+    """The modality's layer of each patch that has it."""
     for position in positions:
         layer = store.read(position, [modality.name]).layers.get(modality.name)
         if layer is not None:
-            yield layer.values[:, layer.valid]
+            yield layer
+
+
+def _channels(layer: Layer, modality: Modality) -> NDArray[np.float64]:
+    """What the codec transforms, [channels, n] at the n valid pixels, in physical units."""
+    values = layer.values.astype(np.float64)
+    if modality.splits_relief:
+        level = _box_mean(values, layer.valid)
+        values = np.concatenate([level, values - _box_mean(level, layer.valid)])
+    return values[:, layer.valid]
+
+
+def _box_mean(values: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The codec's S for numpy: the mean over the valid pixels in a box of `LEVEL_PX`, [K, H, W].
+
+    Only at valid pixels does it mean anything.
+    """
+    total = _box_sum(np.where(valid, values, 0))
+    count = _box_sum(valid[None].astype(np.float64))
+    return total / np.maximum(count, 1)
+
+
+def _box_sum(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum over the part of a box of `LEVEL_PX` that lies within the image, [K, H, W]."""
+    for axis in (1, 2):
+        length = image.shape[axis]
+        running = np.insert(image.cumsum(axis), 0, 0, axis)
+        first = np.arange(length) - LEVEL_PX // 2
+        last = np.minimum(first + LEVEL_PX, length)
+        image = running.take(last, axis) - running.take(np.maximum(first, 0), axis)
+    return image
 
 
 def _require(pixels: int, modality: Modality) -> None:
@@ -209,5 +247,9 @@ def _transform_constants(transform: Transform, summary: BandSummary) -> tuple[fl
     """Centre and scale of a band's transform, in physical units."""
     if transform is not Transform.ASINH:
         return 0.0, 1.0
-    spread = summary.quantile(0.75) - summary.quantile(0.25)
-    return summary.quantile(0.5), max(spread / 2, _LEAST_SCALE)
+    return summary.quantile(0.5), _half_spread(summary, _LEAST_SCALE)
+
+
+def _half_spread(summary: BandSummary, least: float) -> float:
+    """Half of the inter-quartile range, but not less than `least`, in physical units."""
+    return max((summary.quantile(0.75) - summary.quantile(0.25)) / 2, least)

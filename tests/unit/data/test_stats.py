@@ -2,14 +2,21 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from data_fixtures import CATEGORICAL, CONTINUOUS, make_store
 
+from mm_model.codec import SPREAD, Codec
+from mm_model.data.patch import Layer, Patch
 from mm_model.data.stats import BandSummary, Moments, compute_statistics
+from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import DataError
+from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Transform
+from mm_model.scene import Scene
 
 ALL = tuple(MODALITIES.values())
 ASINH = next(m for m in CONTINUOUS if m.transform is Transform.ASINH)
+SPLIT = next(m for m in CONTINUOUS if m.splits_relief)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +47,57 @@ def test_streaming_equals_two_passes_over_everything(store):
             gap = np.diff(np.sort(values)).max()  # between order statistics, conventions differ
             for q, value in band["quantiles"].items():
                 assert value == pytest.approx(np.quantile(values, float(q)), abs=gap + resolution)
+            assert ("relief" in band) is modality.splits_relief
+            if modality.splits_relief:
+                continue  # what is transformed is a level
             mapped = modality.transform.forward(values, band["center"], band["scale"], np)
             assert band["transformed_mean"] == pytest.approx(mapped.mean(), rel=1e-9)
             assert band["transformed_std"] == pytest.approx(mapped.std(), rel=1e-9)
+
+
+def terrain_store(path, values, valid) -> PatchStore:
+    """A store of one split modality: a patch for each [H, W] of values and valid."""
+    with ShardWriter(path, [SPLIT], 2) as writer:
+        for i, (image, known) in enumerate(zip(values, valid, strict=True)):
+            transform = (10.0, 0.0, 5e5 + 1e4 * i, 0.0, -10.0, 1e6)
+            grid = Grid("EPSG:32633", transform, *image.shape)
+            layers = {SPLIT.name: Layer(image[None].astype(np.float32), known)}
+            writer.add(Patch(f"p/{i}", "place", "test", grid, 10.0, layers))
+    return PatchStore(path)
+
+
+@pytest.mark.parametrize("share", [2.0, 0.6])
+def test_statistics_of_a_split_give_the_codec_its_spread(tmp_path, share):
+    """S of numpy is S of torch: the codec's channels are standardised as they were measured."""
+    rng = np.random.default_rng(3)
+    slopes = 4.0 * np.arange(52)[:, None] - 3.0 * np.arange(41)
+    values = np.float32(rng.uniform(0, 900, (5, 1, 1)) + slopes + rng.normal(0, 6, (5, 52, 41)))
+    valid = rng.random(values.shape) < share
+    store = terrain_store(tmp_path / "s", np.where(valid, values, np.nan), valid)
+    found = compute_statistics(store, range(5), [SPLIT])
+    mask = torch.from_numpy(valid)[:, None]
+    scene = Scene({SPLIT.name: torch.from_numpy(values)[:, None].double()}, {SPLIT.name: mask})
+    x, _ = Codec([SPLIT], found).encode(scene)
+    for channel in range(2):
+        known = x[:, channel][mask[:, 0]]
+        assert known.mean().item() == pytest.approx(0, abs=1e-6)
+        assert known.std(unbiased=False).item() == pytest.approx(SPREAD, rel=1e-6)
+
+
+def test_relief_of_known_terrain(tmp_path):
+    """A checkerboard has the level of its middle and a relief of its half step."""
+    board = np.indices((48, 40)).sum(0) % 2 * 2.0 - 1.0
+    everywhere = np.ones((2, *board.shape), bool)
+    steep = terrain_store(tmp_path / "a", [200 + 12 * board, 1400 + 12 * board], everywhere)
+    (band,) = compute_statistics(steep, range(2), [SPLIT])["modalities"][SPLIT.name]["bands"]
+    assert band["center"] == pytest.approx(band["quantiles"]["0.5"])
+    assert band["relief"]["scale"] == pytest.approx(12, abs=0.3)
+    assert band["relief"]["transformed_mean"] == pytest.approx(0, abs=0.01)
+    assert band["relief"]["transformed_std"] == pytest.approx(np.arcsinh(1), abs=0.03)
+    flat = terrain_store(tmp_path / "b", [200 + 0.1 * board, 1400 + 0.1 * board], everywhere)
+    (band,) = compute_statistics(flat, range(2), [SPLIT])["modalities"][SPLIT.name]["bands"]
+    assert band["relief"]["scale"] == 1.0
+    assert band["relief"]["transformed_std"] == pytest.approx(np.arcsinh(0.1), rel=0.03)
 
 
 def test_classes_are_counted(store):
