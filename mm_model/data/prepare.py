@@ -20,6 +20,7 @@ from mm_model.config import PrepareConfig
 from mm_model.data.files import sync_folder, write_atomically
 from mm_model.data.patch import Layer, Source, Unit
 from mm_model.data.sources.geotiff import GeotiffSource
+from mm_model.data.sources.pyramid import Pyramid
 from mm_model.data.sources.synthetic import SyntheticSource
 from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import DataError
@@ -40,12 +41,22 @@ _CODE = (
 
 
 def open_source(config: PrepareConfig, modalities: Sequence[Modality]) -> Source:
-    """The source that params.yaml names."""
-    if config.source == "synthetic":
-        assert config.synthetic is not None
-        return SyntheticSource(config.synthetic, config.patch_px, config.gsd_m, modalities)
-    assert config.geotiff is not None
-    return GeotiffSource(config.geotiff.manifest, config.patch_px, config.gsd_m, modalities)
+    """The source that params.yaml names, at every distance of it.
+
+    Raises:
+        ConfigError: a manifest is wrong, or the synthetic Earth has no such places.
+    """
+
+    def at(gsd_m: float) -> Source:
+        if config.source == "synthetic":
+            assert config.synthetic is not None
+            return SyntheticSource(
+                config.synthetic, config.patch_px, gsd_m, modalities, finest_gsd_m=config.gsd_m[0]
+            )
+        assert config.geotiff is not None
+        return GeotiffSource(config.geotiff.manifest, config.patch_px, gsd_m, modalities)
+
+    return Pyramid({gsd_m: at(gsd_m) for gsd_m in config.gsd_m})
 
 
 def prepare(

@@ -33,7 +33,9 @@ def source() -> GeotiffSource:
     params = load_params(ROOT / "examples" / "real" / "params.yaml")
     os.environ["MM_REAL_DATA"] = str(DATA)
     manifest = ROOT / "examples" / "real" / "manifest.yaml"
-    return GeotiffSource(manifest, params.prepare.patch_px, params.prepare.gsd_m, params.selected)
+    return GeotiffSource(
+        manifest, params.prepare.patch_px, params.prepare.gsd_m[0], params.selected
+    )
 
 
 def patches(source: GeotiffSource, unit_id: str) -> list:

@@ -87,13 +87,13 @@ class GeotiffSource:
             )
 
     def _fingerprint(self, scene: SceneSpec) -> str:
-        """Of what the manifest says of the scene, and of size and time of change of its files."""
+        """Of what is asked of the scene, and of size and time of change of its files."""
         said = scene.model_dump_json(exclude={"folder"})
         files = []
         for name in sorted({f for e in scene.layers.values() for f, _ in _bands(e)}):
             status = _stat(scene.folder / name)
             files.append((name, status[0], status[1]))
-        content = repr((said, self._patch_px, self._gsd_m, files))
+        content = repr((said, self._patch_px, scene.gsd_m or self._gsd_m, files))
         return hashlib.sha256(content.encode()).hexdigest()
 
 

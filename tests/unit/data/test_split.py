@@ -98,22 +98,39 @@ def test_too_few_places_is_an_error():
         make_splits(index(2), config())
 
 
-def test_no_training_patch_lies_within_the_margin():
-    table = index(40, spacing_m=1500.0, patches=3)
-    margin_m = 2000.0
+def with_coarser(table):
+    """And a patch a place of twice the pixel, from the same corner."""
+    coarse = table[table["patch_id"].str.endswith("/0")].copy()
+    coarse["patch_id"] += "@20m"
+    coarse[["a", "e"]] *= 2
+    return pd.concat([table, coarse], ignore_index=True)
+
+
+@pytest.mark.parametrize("also", [lambda table: table, with_coarser])
+def test_no_training_patch_lies_within_the_margin(also):
+    table = also(index(40, spacing_m=1500.0, patches=3))
+    margin_m = 1500.0
     splits = make_splits(table, config(margin_m=margin_m))
     assert set(splits["split"]) == set(SPLITS)
     patches = table.drop_duplicates("patch_id").reset_index(drop=True)
-    x = patches["c"].to_numpy() + 320
-    y = patches["f"].to_numpy() - 320
+    half = patches["a"].to_numpy() * 32
+    x = patches["c"].to_numpy() + half
+    y = patches["f"].to_numpy() - half
     held_out = splits["split"].isin([TEST, VALIDATION]).to_numpy()
     train = (splits["split"] == TRAIN).to_numpy()
-    gap_x = np.maximum(np.abs(x[train, None] - x[None, held_out]) - 640, 0)
-    gap_y = np.maximum(np.abs(y[train, None] - y[None, held_out]) - 640, 0)
+    sides = half[train, None] + half[None, held_out]
+    gap_x = np.maximum(np.abs(x[train, None] - x[None, held_out]) - sides, 0)
+    gap_y = np.maximum(np.abs(y[train, None] - y[None, held_out]) - sides, 0)
     # Distances on the ellipsoid differ from those of the map by less than 0.5 %.
     assert np.hypot(gap_x, gap_y).min() > margin_m * 0.995
     far = splits["split"] == MARGIN
     assert 0 < far.sum() < len(splits) / 2
+
+
+def test_a_place_stays_whole_at_all_its_distances():
+    table = with_coarser(index(60))
+    assert by_place(make_splits(table, config())) == by_place(make_splits(index(60), config()))
+    assert (make_splits(table, config()).groupby("place_id")["split"].nunique() == 1).all()
 
 
 def test_a_margin_over_everything_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,11 +28,14 @@ from mm_model.data.sources.synthetic.spectra import (
     canopy_opacity,
     spectrum,
 )
-from mm_model.data.sources.synthetic.terrain import Terrain
+from mm_model.data.sources.synthetic.terrain import Terrain, latitude_of
 from mm_model.errors import ConfigError
+from mm_model.geo.sun import sun_position
 from mm_model.modalities import WORLDCOVER, Band, Modality, Quantity
 
-_LATITUDE = np.deg2rad(45)
+# Optical archives hold few scenes with the sun lower than this: no such day is drawn, and whoever
+# renders one all the same gets a sun of this elevation instead of a night.
+_LEAST_SUN_DEG = 10.0
 _INCIDENCE = np.deg2rad(35)
 _LOOKS = 4
 _WORLDCOVER_CODES = np.array([80, 10, 10, 20, 30, 40, 50, 50, 50, 60, 70, 90, 95, 100], np.uint8)
@@ -57,29 +61,27 @@ class Acquisition:
     looks_east: bool = True
 
     @classmethod
-    def draw(cls, seed: int) -> Acquisition:
-        """A random day of 2024, with random weather."""
-        day, wet, wind, look = np.random.default_rng(seed).random(4)
-        date = dt.date(2024, 1, 1) + dt.timedelta(days=int(day * 366))
-        return cls(date, seed, float(wet), float(wind), bool(look < 0.5))
+    def draw(cls, seed: int, latitude_deg: float = 0.0) -> Acquisition:
+        """A random day of 2024 on which the sun is up at this latitude, with random weather."""
+        chance = np.random.default_rng(seed)
+        day, wet, wind, look = chance.random(4)
+        while True:
+            date = dt.date(2024, 1, 1) + dt.timedelta(days=int(day * 366))
+            if sun_position(date, latitude_deg)[0] >= _LEAST_SUN_DEG:
+                return cls(date, seed, float(wet), float(wind), bool(look < 0.5))
+            day = chance.random()
 
     @property
     def summer(self) -> float:
         """1 in the middle of July, -1 in the middle of January."""
         return float(np.cos(2 * np.pi * (self.date.timetuple().tm_yday - 198) / 365.25))
 
-    @property
-    def sun(self) -> tuple[float, float, float]:
-        """Unit vector to the sun (east, north, up) at half past ten."""
-        day = self.date.timetuple().tm_yday
-        declination = np.deg2rad(23.4) * np.cos(2 * np.pi * (day - 172) / 365.25)
-        hour = np.deg2rad(-22.5)
-        east = -np.cos(declination) * np.sin(hour)
-        north = np.cos(_LATITUDE) * np.sin(declination)
-        north -= np.sin(_LATITUDE) * np.cos(declination) * np.cos(hour)
-        up = np.sin(_LATITUDE) * np.sin(declination)
-        up += np.cos(_LATITUDE) * np.cos(declination) * np.cos(hour)
-        return float(east), float(north), float(up)
+    def sun(self, latitude_deg: float) -> tuple[float, float, float]:
+        """Unit vector to the sun (east, north, up) at half past ten, above the horizon."""
+        elevation_deg, azimuth_deg = sun_position(self.date, latitude_deg)
+        elevation = math.radians(max(elevation_deg, _LEAST_SUN_DEG))
+        azimuth, across = math.radians(azimuth_deg), math.cos(elevation)
+        return across * math.sin(azimuth), across * math.cos(azimuth), math.sin(elevation)
 
 
 class Sensors:
@@ -134,6 +136,13 @@ class Sensors:
             np.clip(draw(band), low, high, out=target)
         return out
 
+    @cached_property
+    def _sun(self) -> tuple[F32, F32, F32]:
+        """Unit vectors to the sun (east, north, up), each [H, 1]: of each row, so without seams."""
+        rows = [self.when.sun(latitude) for latitude in latitude_of(self.frame.y).tolist()]
+        east, north, up = np.array(rows, np.float32).T[:, :, None]
+        return east, north, up
+
     # -- what the season made of the ground ---------------------------------------------------
 
     @cached_property
@@ -146,7 +155,7 @@ class Sensors:
     def _snow(self) -> F32:
         """Share of a pixel under snow, 0 to 1; it clings to shaded slopes and spares towns."""
         land, ground = self.land, self.ground
-        east, north, _ = self.when.sun
+        east, north, _ = self._sun
         cold = -1.2 - self._air_c - 6 * (land.east * -east + land.north * -north)
         if float(cold.max()) < -6:
             return np.zeros(self.frame.shape, np.float32)
@@ -182,7 +191,8 @@ class Sensors:
         table[Cover.MOSS] = 0.5, 0.5, 0.8
         full, kept, dries = (table[:, i][cover] for i in range(3))
         area = full * (kept + (1 - kept) * warm) * (0.55 + 0.6 * np.clip(ground.lush, 0, 1.2))
-        autumn = float(smoothstep(0.1, 0.5, np.array(1 - abs(when.summer)))) * (when.date.month > 6)
+        late = float(smoothstep(0.1, 0.5, np.array(1 - abs(when.summer)))) * (when.date.month > 6)
+        autumn = late * smoothstep(21, 13, land.climate_c)  # woods that know no winter do not turn
         dry = dries * np.maximum(drought, (1 - warm) * 0.75)
         turning = 0.7 * autumn * (0.4 + 0.6 * unit(ground.parcel, 52))
         dry = np.where(cover == Cover.BROADLEAF, dries * (0.5 * (1 - warm)) + turning, dry)
@@ -265,18 +275,21 @@ class Sensors:
     @cached_property
     def _light(self) -> F32:
         """Illumination relative to level, sunlit ground: Lambert, cast shadow, sky."""
-        east, north, up = self.when.sun
+        east, north, up = self._sun
         land, ground, gsd = self.land, self.ground, self.frame.gsd_m
         surface = land.elevation + ground.height_m
         down, right = np.gradient(surface, np.float32(gsd))
         lit = np.clip(up - 0.6 * (east * right - north * down), 0, None)
-        lit /= np.sqrt(1 + 0.36 * (right * right + down * down)) * np.float32(up)
+        lit /= np.sqrt(1 + 0.36 * (right * right + down * down)) * up
         across = np.hypot(east, north)
-        rise = up / across * gsd
+        rise = up / across * np.float32(gsd)
         shade = np.full(self.frame.shape, -np.inf, np.float32)
+        height, width = self.frame.shape
+        row, col = np.arange(height)[:, None], np.arange(width)
         for step in (1, 2, 3, 5, 8, 12, 17):
-            rows, cols = round(-north / across * step), round(east / across * step)
-            toward = np.roll(surface, (-rows, -cols), (0, 1)) - np.float32(rise * step)
+            down_px = np.rint(-north / across * step).astype(np.int64)
+            right_px = np.rint(east / across * step).astype(np.int64)
+            toward = surface[(row + down_px) % height, (col + right_px) % width] - rise * step
             np.maximum(shade, toward, out=shade)
         sunlit = smoothstep(3.0, -1.0, shade - surface)
         sky = 0.22 + 0.1 * (1 - up)
@@ -345,7 +358,7 @@ class Sensors:
     def _temperature(self, band: Band) -> F32:
         cover = self.ground.cover
         area, dry, *_ = self._state
-        up = self.when.sun[2]
+        up = self._sun[2]
         heat = np.full(len(Cover), 16.0, np.float32)
         heat[[Cover.ROOF, Cover.PAVED, Cover.YARD]] = 19, 21, 17
         heat[[Cover.WATER, Cover.ICE, Cover.WETLAND]] = -1, -6, 6

@@ -16,13 +16,13 @@ from mm_model.data.patch import Layer, Patch, Unit
 from mm_model.data.sources.synthetic.cover import ground
 from mm_model.data.sources.synthetic.noise import Frame, fractal, key
 from mm_model.data.sources.synthetic.sensors import Acquisition, Sensors
-from mm_model.data.sources.synthetic.terrain import terrain
+from mm_model.data.sources.synthetic.terrain import latitude_of, terrain
 from mm_model.errors import ConfigError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality, Quantity
 
 CRS = "EPSG:32633"
-_VERSION = 2  # to be raised whenever the same parameters give other pixels
+_VERSION = 3  # to be raised whenever the same parameters give other pixels
 _NAME = "synthetic"
 # Places lie on a lattice over the part of the UTM zone where its coordinates mean something.
 _SPACING_M = 25_000
@@ -86,9 +86,13 @@ class SyntheticSource:
         patch_px: side of a patch, in pixels.
         gsd_m: side of a pixel, in metres.
         modalities: the active ones.
+        finest_gsd_m: the distance at which `config` counts patches and at which places begin on
+            whole pixels, so that sources that differ in `gsd_m` alone show the same ground on the
+            same day; `gsd_m` where it is not given.
 
     Raises:
-        ConfigError: the places are more or larger than the plane has room for.
+        ConfigError: the places are more or larger than the plane has room for, or no whole number
+            of patches wide.
     """
 
     def __init__(
@@ -97,10 +101,22 @@ class SyntheticSource:
         patch_px: int,
         gsd_m: float,
         modalities: Sequence[Modality],
+        *,
+        finest_gsd_m: float | None = None,
     ) -> None:
         self._config, self._patch_px, self._gsd_m = config, patch_px, gsd_m
         self._modalities = tuple(modalities)
-        side_m = patch_px * gsd_m * round(config.patches_per_place**0.5)
+        self._finest_gsd_m = finest_gsd_m or gsd_m
+        side_m = patch_px * self._finest_gsd_m * round(config.patches_per_place**0.5)
+        patches = side_m / (patch_px * gsd_m)
+        self._side_px = patch_px * round(patches)
+        if abs(patches - round(patches)) > 1e-6 or not self._side_px:
+            raise ConfigError(
+                "ground sampling distance of the synthetic source",
+                got=f"{gsd_m:g} m: a place of {side_m:g} m is {patches:.3g} patches wide",
+                allowed="one at which a place is a whole number of patches wide",
+                remedy="change prepare.gsd_m or prepare.synthetic.patches_per_place",
+            )
         if config.places > _COLS * _ROWS or side_m > 0.8 * _SPACING_M:
             raise ConfigError(
                 "size of the synthetic source",
@@ -150,21 +166,20 @@ class SyntheticSource:
         subsets = [s for k in range(2, count) for s in itertools.combinations(self._modalities, k)]
         # Every subset equally often, so that every pair of modalities occurs together.
         order = rng.permutation(len(subsets))
-        side = self._patch_px * round(config.patches_per_place**0.5)
         incomplete = 0
         for index, cell in enumerate(cells.tolist()):
             kept = self._modalities
             if index not in complete and subsets:
                 kept = subsets[order[incomplete % len(subsets)]]
                 incomplete += 1
-            gsd = self._gsd_m
+            gsd, finest, side = self._gsd_m, self._finest_gsd_m, self._side_px
             # Snapped to whole pixels of the plane.
-            x = round((_WEST + cell % _COLS * _SPACING_M) / gsd) * gsd
-            y = round((_NORTH - cell // _COLS * _SPACING_M) / gsd) * gsd
+            x = round((_WEST + cell % _COLS * _SPACING_M) / finest) * finest
+            y = round((_NORTH - cell // _COLS * _SPACING_M) / finest) * finest
             yield _Place(
                 name=f"{_NAME}-{index:05d}",
                 grid=Grid(CRS, (gsd, 0.0, float(x), 0.0, -gsd, float(y)), side, side),
-                when=Acquisition.draw(key(config.seed, index, 1)),
+                when=Acquisition.draw(key(config.seed, index, 1), float(latitude_of(y))),
                 modalities=kept,
             )
 

@@ -8,9 +8,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.data.sources.synthetic.noise import F32, Frame, fractal, key, layered, smoothstep
+from mm_model.data.sources.synthetic.noise import (
+    F32,
+    F64,
+    Frame,
+    fractal,
+    key,
+    layered,
+    smoothstep,
+)
 
 _LAPSE_K_PER_M = 0.0065
+_M_PER_DEGREE = 110_574
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,15 @@ class Terrain:
     def slope(self) -> F32:
         """Steepness, as metres up a metre."""
         return np.sqrt(self.east * self.east + self.north * self.north)
+
+
+def latitude_of(northing_m: float | F64) -> F64:
+    """Latitude of northings in the plane's UTM zone, in °, -90 to 90.
+
+    Of the northing alone, as if a degree were as long everywhere as at the equator: less than half
+    a degree off, which neither sun nor climate shows.
+    """
+    return np.asarray(np.clip(northing_m / _M_PER_DEGREE, -90, 90), np.float64)
 
 
 def gradient(field: F32, gsd_m: float) -> tuple[F32, F32]:
@@ -91,7 +109,9 @@ def terrain(seed: int, frame: Frame) -> Terrain:
     )
     surface = (level + above).astype(np.float32)
     east, north = gradient(surface, gsd)
-    climate = 14.5 + field(14, (80, 8.5), (17, 3)) - _LAPSE_K_PER_M * 1.6 * surface
+    # At usual elevations about 26 °C near 8° N and -2 °C near 70° N, give or take a region's luck.
+    sea_level = (31.5 - 0.45 * latitude_of(frame.y)).astype(np.float32)[:, None]
+    climate = sea_level + field(14, (80, 3.2), (17, 2)) - _LAPSE_K_PER_M * 1.6 * surface
     return Terrain(
         elevation=surface,
         east=east,

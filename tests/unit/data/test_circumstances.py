@@ -1,0 +1,65 @@
+"""What a grid tells of its pictures, and what it does not."""
+
+import datetime as dt
+from dataclasses import replace
+
+import pytest
+
+from mm_model.conditions import NOTHING, Conditions
+from mm_model.data.circumstances import complete
+from mm_model.data.patch import Patch
+from mm_model.geo.grid import Grid
+from mm_model.geo.sun import sun_position
+from mm_model.training.dataset import conditions_of
+
+UTM = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_400_000.0), 24, 40)
+DAY = dt.date(2024, 1, 15)
+LOCAL = 'LOCAL_CS["yard",UNIT["metre",1]]'
+
+
+def test_a_grid_tells_distance_and_latitude_and_no_date():
+    found = complete(NOTHING, UTM)
+    assert found.gsd_m == 10
+    assert found.latitude_deg == pytest.approx(48.75, abs=0.05)
+    assert found.date is found.sun_elevation_deg is None
+    degrees = Grid("EPSG:4326", (0.001, 0, 11.0, 0, -0.001, 60.012), 24, 40)
+    assert complete(NOTHING, degrees).gsd_m == pytest.approx(111.3 * 0.5**0.5, rel=1e-3)
+
+
+def test_a_date_and_a_latitude_tell_the_sun():
+    found = complete(Conditions(date=DAY), UTM)
+    assert (found.sun_elevation_deg, found.sun_azimuth_deg) == sun_position(DAY, found.latitude_deg)
+    nowhere = replace(UTM, crs="")
+    assert complete(Conditions(date=DAY), nowhere) == Conditions(date=DAY)
+    told = complete(Conditions(date=DAY, latitude_deg=-30), nowhere)
+    assert (told.sun_elevation_deg, told.sun_azimuth_deg) == sun_position(DAY, -30)
+
+
+def test_what_is_known_stays():
+    known = Conditions(3, DAY, 5, 6, -7)
+    assert complete(known, UTM) == known
+    assert complete(replace(known, gsd_m=None), UTM) == replace(known, gsd_m=10)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        replace(UTM, crs=""),
+        replace(UTM, crs=LOCAL),  # a plane of its own
+        replace(UTM, transform=(10, 0, 1e9, 0, -10, 0)),  # beyond what its system can express
+        Grid("EPSG:4326", (1, 0, 0, 0, -1, 400), 24, 40),
+    ],
+)
+def test_a_grid_that_lies_nowhere_tells_nothing(grid):
+    assert complete(NOTHING, grid) == NOTHING
+
+
+def test_a_distance_that_conditions_do_not_know_is_not_told():
+    world = Grid("EPSG:4326", (3.6, 0, -180, 0, -3.6, 90), 50, 100)
+    assert complete(NOTHING, world).gsd_m is None
+    assert complete(NOTHING, world).latitude_deg == 0
+
+
+def test_training_goes_by_the_same_rule():
+    patch = Patch("p", "place", "source", UTM, 10, {})
+    assert conditions_of(patch) == complete(NOTHING, UTM)
