@@ -6,16 +6,20 @@ this machine that it names.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # what PROJ's complaints are; it has no public name
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
@@ -159,34 +163,57 @@ def write_geotiff(
             allowed=f"{(len(modality.bands), *grid.shape)} and {grid.shape}",
         )
     filled = np.where(valid, values, modality.nodata).astype(modality.dtype)
-    profile = {
-        "driver": "GTiff",
-        "height": grid.height,
-        "width": grid.width,
-        "count": len(modality.bands),
-        "dtype": modality.dtype,
-        "nodata": modality.nodata,
-        "crs": _crs(grid.crs) if grid.crs else None,
-        "transform": Affine(*grid.transform),
-        "compress": "deflate",
-        "predictor": 1 if modality.is_categorical else 3,
-    }
-    with _quiet(), MemoryFile() as memory:
-        with memory.open(**profile) as dataset:
-            dataset.write(filled)
-            dataset.descriptions = modality.band_names
-            dataset.units = [modality.unit] * len(modality.bands)
-            legend = {}
-            if modality.is_categorical:
-                colors = {c.code: (*bytes.fromhex(c.color[1:]), 255) for c in modality.classes}
-                dataset.write_colormap(1, {0: (0, 0, 0, 0), **colors})
-                legend["CLASSES"] = ",".join(f"{c.code} {c.name}" for c in modality.classes)
-            dataset.update_tags(MODALITY=modality.name, **legend, **(tags or {}))
-        content = bytes(memory.getbuffer())
+    colors, legend = {}, {}
+    if modality.is_categorical:
+        colors = {c.code: (*bytes.fromhex(c.color[1:]), 255) for c in modality.classes}
+        legend["CLASSES"] = ",".join(f"{c.code} {c.name}" for c in modality.classes)
+    content = encode_geotiff(
+        filled,
+        grid,
+        modality.band_names,
+        nodata=modality.nodata,
+        unit=modality.unit,
+        colors=colors,
+        tags={"MODALITY": modality.name, **legend, **(tags or {})},
+    )
     if path is None:
         return content
     write_atomically(path, content)
     return None
+
+
+def encode_geotiff(
+    values: NDArray[np.generic],
+    grid: Grid,
+    band_names: Sequence[str],
+    *,
+    nodata: float,
+    tags: Mapping[str, str],
+    unit: str = "",
+    colors: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+) -> bytes:
+    """Bands [bands, H, W] as the bytes of a GeoTIFF; `colors` (RGBA by code) make it a map."""
+    profile = {
+        "driver": "GTiff",
+        "height": grid.height,
+        "width": grid.width,
+        "count": len(band_names),
+        "dtype": values.dtype.name,
+        "nodata": nodata,
+        "crs": _crs(grid.crs) if grid.crs else None,
+        "transform": Affine(*grid.transform),
+        "compress": "deflate",
+        "predictor": 3 if values.dtype.kind == "f" else 1,
+    }
+    with _quiet(), MemoryFile() as memory:
+        with memory.open(**profile) as dataset:
+            dataset.write(values)
+            dataset.descriptions = tuple(band_names)
+            dataset.units = [unit] * len(band_names)
+            if colors:
+                dataset.write_colormap(1, {0: (0, 0, 0, 0), **colors})
+            dataset.update_tags(**tags)
+        return bytes(memory.getbuffer())
 
 
 def warp(
@@ -298,6 +325,33 @@ def is_metric(crs: str) -> bool:
     return bool(found.is_projected and found.linear_units_factor[1] == 1.0)
 
 
+@lru_cache(maxsize=1 << 16)
+def latitude_deg(grid: Grid) -> float | None:
+    """Latitude of the grid's centre, north positive; None for a grid that lies nowhere on Earth."""
+    if not grid.crs:
+        return None
+    x, y = grid.xy(grid.height / 2, grid.width / 2)
+    try:
+        latitude = float(to_lonlat(grid.crs, [x], [y])[0, 1])
+    except GeoreferenceError:  # a plane of its own, or beyond what its system can express
+        return None
+    return latitude if abs(latitude) <= 90 else None
+
+
+def ground_sampling_m(grid: Grid) -> float | None:
+    """Mean side of a pixel on the ground, in metres; None where the grid does not tell."""
+    latitude = latitude_deg(grid)
+    if latitude is None:
+        return None
+    along, across = grid.pixel_size
+    if is_metric(grid.crs):
+        return math.sqrt(along * across)
+    if not _crs(grid.crs).is_geographic:
+        return None
+    degree_m = 111_320.0
+    return math.sqrt(along * across * math.cos(math.radians(latitude))) * degree_m
+
+
 def source_pixels_per_target(source: Grid, target: Grid) -> float:
     """How many source pixels, along a side, a pixel in the middle of the target spans."""
     row, col = target.height / 2, target.width / 2
@@ -334,7 +388,10 @@ def _transform_points(
 ) -> tuple[list[float], list[float]]:
     if same_crs(source, target):
         return list(xs), list(ys)
-    found = transform_points(_crs(source), _crs(target), list(xs), list(ys))
+    try:
+        found = transform_points(_crs(source), _crs(target), list(xs), list(ys))
+    except CPLE_BaseError:
+        found = [[math.nan], [math.nan]]
     if not np.isfinite(found).all():
         raise GeoreferenceError(
             "position of an image",

@@ -39,7 +39,6 @@ def model_card(
         metrics: the content of metrics.json.
         lineage: where it comes from, as version tags.
     """
-    statistics = manifest.statistics
     bands = [
         f"- `{m.name}`: {m.title} ({', '.join(m.band_names)}; "
         f"{f'{len(m.classes)} classes' if m.is_categorical else _unit(m)})"
@@ -50,8 +49,7 @@ def model_card(
     origin = [f"- {key}: `{value}`" for key, value in sorted(lineage.items())]
     sections = {
         "What": "Any subset of these modalities in, every other one out:\n\n" + "\n".join(bands),
-        "Trained on": f"{statistics['patches']} patches of {statistics['places']} places at "
-        f"{manifest.gsd_m:g} m, source `{lineage.get('data_source', 'unknown')}`.",
+        "Trained on": _training(manifest),
         "Data licences": "\n".join(f"- {licence}" for licence in licences),
         "Figures": table(metrics),
         "Intended use": _INTENDED,
@@ -59,6 +57,30 @@ def model_card(
         "Origin": "\n".join([f"- bundle: `{manifest.bundle_id}`", *origin]),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _training(manifest: Manifest) -> str:
+    """What it was trained on and for how long, with what it began with."""
+    provenance = manifest.provenance
+    own = provenance.get("training") or {}
+    counts = own or manifest.statistics
+    distances = " and ".join(f"{gsd_m:g}" for gsd_m in manifest.gsd_m)
+    sentences = [
+        f"{counts['patches']:,} patches of {counts['places']:,} places at {distances} m, "
+        f"source `{provenance.get('data_source', 'unknown')}`.",
+        f"Training took {_effort(own)}." if own else "How long is not recorded.",
+    ]
+    if begun := provenance.get("start"):
+        sentences.append(
+            f"It began with the weights and the normalisation of bundle `{begun['bundle_id']}`, "
+            f"after {_effort(begun)} of training: {_effort(manifest.effort)} in all."
+        )
+    return " ".join(sentences)
+
+
+def _effort(record: Mapping[str, Any]) -> str:
+    minutes = record["seconds"] / 60
+    return f"{record['steps']:,} steps, {record['samples']:,} samples, {minutes:,.1f} minutes"
 
 
 def _licence(name: str, source: Mapping[str, str]) -> str:

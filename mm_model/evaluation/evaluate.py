@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,18 +22,22 @@ from rich.console import Console
 from rich.progress import track
 
 from mm_model.bundle import Bundle
+from mm_model.conditions import NOTHING, stack_features
 from mm_model.config import EvaluateConfig
+from mm_model.data.circumstances import complete
 from mm_model.data.patch import Patch
 from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.evaluation import metrics
-from mm_model.generative.sampler import decode_scene, sample
+from mm_model.evaluation.scene_use import scene_use
+from mm_model.generative.sampler import sample
 from mm_model.modalities import Modality, Quantity
 from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import collate
 
 _BATCH = 16  # images sampled at once: more gains nothing on CPU and costs memory
 _SHOWN = 4  # patches of a picture sheet
+_SCENES = 32  # patches on which the use of the scene is measured
 _JOINT = 6  # sets generated from nothing
 
 T = TypeVar("T")
@@ -151,7 +154,7 @@ def evaluate(
     ]
     found = {
         **_summary(table, modalities),
-        "scene_color_correlation": _round(generator.scene_color_correlation(patches)),
+        **_scene_figures(bundle.model, patches, config),
         "patches": len(patches),
         "places": len({p.place_id for p in patches}),
         "samples": config.samples,
@@ -186,6 +189,8 @@ class _Generator:
         count = self._config.samples
         x, mask = self._encode(patches, observed)
         seeds = [self._seed(p.patch_id, k) for p in patches for k in range(count)]
+        # What the grid tells, as in the endpoint; a caller who knows the date has to say it.
+        known = torch.from_numpy(stack_features([complete(NOTHING, p.grid) for p in patches]))
         generated = sample(
             self._model,
             x.repeat_interleave(count, 0),
@@ -193,43 +198,9 @@ class _Generator:
             targets,
             seeds,
             self._config.steps,
+            conditions=known.repeat_interleave(count, 0),
         )
         return self._split(generated, targets, count)
-
-    def scene_color_correlation(self, patches: Sequence[Patch]) -> float:
-        """Correlation of a patch's mean reflectance, decoded from its own scene z with nothing else
-        shown, with the truth; mean over the reflectance modalities, NaN if it is not known.
-
-        Near 1 where the decoder listens to the scene; it falls long before pictures look wrong.
-        """
-        model = self._model
-        found = []
-        for modality in model.modalities:
-            if modality.quantity is not Quantity.REFLECTANCE:
-                continue
-            fit = [p for p in patches if modality.name in p.layers]
-            made = list(_in_parallel(partial(self._from_own_scene, modality.name), fit))
-            layers = [patch.layers[modality.name] for patch in fit]
-            pairs = [
-                (values[:, layer.valid], layer.values[:, layer.valid])
-                for values, layer in zip(made, layers, strict=True)
-                if layer.valid.any()
-            ]
-            levels = np.array([[guess.mean(), real.mean()] for guess, real in pairs])
-            if len(levels) > 1 and levels.std(axis=0).all():
-                found.append(np.corrcoef(levels.T)[0, 1])
-        return float(np.mean(found)) if found else math.nan
-
-    def _from_own_scene(self, target: str, patch: Patch) -> NDArray[Any]:
-        model = self._model
-        x, mask = self._encode([patch], list(patch.layers))
-        with torch.no_grad():
-            z = model.encode(x, mask).z
-        nothing = torch.zeros_like(x), torch.zeros_like(mask)
-        seeds = [self._seed(patch.patch_id, 0)]
-        made = decode_scene(model, *nothing, z, [target], seeds, self._config.steps)
-        decoded: NDArray[Any] = model.codec.decode(made, [target])[target][0].numpy()
-        return decoded
 
     def joint(self, count: int) -> dict[str, Samples]:
         """Sets of all modalities from nothing: name → [count, bands, H, W]."""
@@ -273,6 +244,16 @@ class _Generator:
     def _seed(self, what: str, k: int) -> int:
         digest = hashlib.sha256(f"{self._config.seed}:{what}:{k}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _scene_figures(
+    model: SceneModel, patches: Sequence[Patch], config: EvaluateConfig
+) -> dict[str, float | None]:
+    """`scene_use` over a few patches of one frame, names prefixed with `scene_`."""
+    frame = patches[0].grid.shape
+    fit = [p for p in patches if p.grid.shape == frame][:_SCENES]
+    use = scene_use(model, fit, steps=config.steps, seed=config.seed)
+    return {f"scene_{name}": _round(value) for name, value in use.items()}
 
 
 def _in_parallel(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:

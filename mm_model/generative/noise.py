@@ -39,7 +39,14 @@ def canvas_noise(seed: int, purpose: str, channels: int, height: int, width: int
 
 
 def batch_noise(
-    seeds: Sequence[int], purpose: str, channels: int, height: int, width: int
+    seeds: Sequence[int | None], purpose: str, channels: int, height: int, width: int
 ) -> Tensor:
-    """`canvas_noise` for each seed, [B, channels, height, width]."""
-    return torch.stack([canvas_noise(s, purpose, channels, height, width) for s in seeds])
+    """`canvas_noise` for each seed, [B, channels, height, width]; 0 for a seed of None."""
+    return torch.stack(
+        [
+            torch.zeros(channels, height, width)
+            if seed is None
+            else canvas_noise(seed, purpose, channels, height, width)
+            for seed in seeds
+        ]
+    )

@@ -7,7 +7,7 @@ scene z is sampled once, from everything observed, and shared by all passes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -23,6 +23,7 @@ def plan(
     observed: Collection[str],
     targets: Sequence[str],
     seen_sets: Iterable[tuple[frozenset[str], int]],
+    alone: Collection[str] = (),
 ) -> tuple[Pass, ...]:
     """The passes that make all targets.
 
@@ -34,20 +35,27 @@ def plan(
         observed: modalities with any known pixel.
         targets: modalities to make; none of them observed.
         seen_sets: sets that occurred together in training, with the number of their patches.
+        alone: targets that get a pass of their own each, so that asking for them changes nothing
+            in the others.
     """
     known = frozenset(observed)
     sets = sorted(seen_sets, key=lambda s: (-s[1], sorted(s[0])))
-    open_ = set(targets)
     passes = []
-    while open_:
-        useful = [s for s, _ in sets if s & open_]
-        # max keeps the first of equals: the set with the most patches.
-        best = max(useful, key=lambda s: (len(s & known), len(s & open_)), default=frozenset())
-        direct = best & known
-        if direct or (not known and best):
-            made = frozenset(best & open_)
-        else:
-            made = frozenset({next(t for t in targets if t in open_)})
-        passes.append(Pass(made, frozenset(direct)))
-        open_ -= made
+    groups = [{t} for t in targets if t in alone]
+    for open_ in [{t for t in targets if t not in alone}, *groups]:
+        while open_:
+            useful = [s for s, _ in sets if s & open_]
+            # max keeps the first of equals: the set with the most patches.
+            best = max(useful, key=_rank(known, open_), default=frozenset())
+            direct = best & known
+            if direct or (not known and best):
+                made = frozenset(best & open_)
+            else:
+                made = frozenset({next(t for t in targets if t in open_)})
+            passes.append(Pass(made, frozenset(direct)))
+            open_ -= made
     return tuple(passes)
+
+
+def _rank(known: frozenset[str], open_: set[str]) -> Callable[[frozenset[str]], tuple[int, int]]:
+    return lambda s: (len(s & known), len(s & open_))

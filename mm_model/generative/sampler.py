@@ -8,13 +8,14 @@ CPU, to rounding elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm_model.codec import Codec
+from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import batch_noise
 from mm_model.generative.path import advance
@@ -22,6 +23,12 @@ from mm_model.generative.plan import Pass, plan
 from mm_model.generative.windows import STRIDE, Windows
 
 Check = Callable[[], None]
+
+
+class _How(TypedDict):
+    conditions: Tensor | None
+    check: Check | None
+    precision: str | None
 
 
 class Generative(Protocol):
@@ -32,11 +39,20 @@ class Generative(Protocol):
     patch_px: int
     seen_sets: tuple[tuple[frozenset[str], int], ...]
     scene_channels: int
+    added_names: tuple[str, ...]
 
     def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
-    def estimate_scene(self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor) -> Tensor: ...
+    def estimate_scene(
+        self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor, conditions: Tensor
+    ) -> Tensor: ...
     def decode(
-        self, x: Tensor, t: Tensor, present: Tensor, wanted: Tensor, z: Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        z: Tensor,
+        conditions: Tensor,
     ) -> Tensor: ...
     def estimate(self, raw: Tensor) -> Tensor: ...
     def channelwise(self, by_modality: Tensor) -> Tensor: ...
@@ -72,9 +88,10 @@ def sample_scene(
     model: Generative,
     x: Tensor,
     mask: Tensor,
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     steps: int = 8,
     *,
+    conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
 ) -> Tensor:
@@ -84,8 +101,10 @@ def sample_scene(
         model: a trained model.
         x: observed, in model space: [B, C, H, W], of any H and W.
         mask: bool [B, M, H, W], where x is known.
-        seeds: one a sample; equal seeds and observations give equal scenes.
+        seeds: one a sample; equal seeds and observations give equal scenes. None starts from 0
+            instead of noise, which only one step allows: see `mean_scene`.
         steps: of the flow; 1 gives the mean scene.
+        conditions: [B, K], features of `mm_model.conditions`; None: nothing is known.
         check: called between steps; may raise to cancel.
         precision: "fp32" or "bf16"; None is `native_precision` of the device.
     """
@@ -97,11 +116,12 @@ def sample_scene(
     run = _Chunks(x.device, precision)
     h, _ = run(model.encode, *parts)
     seen = parts[1].float().mean((2, 3))
+    known = _known(conditions, x).repeat_interleave(len(windows.corners), 0)
 
     def estimate(z_t: Tensor, t: float) -> Tensor:
         pieces = coarse.cut(z_t)
         times = pieces.new_full((len(pieces),), t)
-        return coarse.blend(run(model.estimate_scene, pieces, times, h, seen)[0])
+        return coarse.blend(run(model.estimate_scene, pieces, times, h, seen, known)[0])
 
     noise = batch_noise(seeds, "scene", model.scene_channels, coarse.height, coarse.width)
     return euler(estimate, noise.to(x), steps, check)
@@ -117,6 +137,7 @@ def decode_scene(
     seeds: Sequence[int],
     steps: int = 8,
     *,
+    conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
 ) -> Tensor:
@@ -130,6 +151,7 @@ def decode_scene(
         targets: names wanted of every sample, or a sequence of names for each.
         seeds: one a sample.
         steps: of the flow from noise to the targets.
+        conditions: [B, K], features of `mm_model.conditions`; None: nothing is known.
         check: called between steps; may raise to cancel.
         precision: "fp32" or "bf16"; None is `native_precision` of the device.
 
@@ -160,6 +182,7 @@ def decode_scene(
         observed = torch.where(sees, x[rows], 0)
         pieces_of = [windows.cut(m) for m in (present, wanted.expand_as(present))]
         scene_of = scene.view(len(x), -1, *scene.shape[1:])[rows].flatten(0, 1)
+        known = _known(conditions, x)[rows].repeat_interleave(len(windows.corners), 0)
 
         def estimate(
             x_t: Tensor,
@@ -168,10 +191,11 @@ def decode_scene(
             makes: Tensor = makes,
             pieces_of: list[Tensor] = pieces_of,
             scene_of: Tensor = scene_of,
+            known: Tensor = known,
         ) -> Tensor:
             pieces = windows.cut(torch.where(makes, x_t, observed))
             times = pieces.new_full((len(pieces), len(model.names)), t)
-            raw = run(_estimator(model), pieces, times, *pieces_of, scene_of)[0]
+            raw = run(_estimator(model), pieces, times, *pieces_of, scene_of, known)[0]
             return windows.blend(raw)
 
         made_x = euler(estimate, noise[rows], steps, check)
@@ -187,17 +211,55 @@ def sample(
     seeds: Sequence[int],
     steps: int = 8,
     *,
+    conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Targets given what is observed: a scene is sampled, then all targets from that one scene.
 
     Arguments, result and errors as for `sample_scene` and `decode_scene`; `steps` is used for both.
-    With steps=1 the result is the best single estimate rather than a sample.
+    With steps=1 the result is the best single estimate, E[target | observed], rather than a
+    sample: the decoder's estimate at t = 0 from the encoder's own scene of what is observed, as it
+    was trained; the mean of many scenes is no scene, so the flow has no part in it.
     """
     _plans(model, mask, targets)  # refuse before the work
-    z = sample_scene(model, x, mask, seeds, steps, check=check, precision=precision)
-    return decode_scene(model, x, mask, z, targets, seeds, steps, check=check, precision=precision)
+    how: _How = {"conditions": conditions, "check": check, "precision": precision}
+    if steps == 1:
+        z = observed_scene(model, x, mask, precision=precision)
+    else:
+        z = sample_scene(model, x, mask, seeds, steps, **how)
+    return decode_scene(model, x, mask, z, targets, seeds, steps, **how)
+
+
+@torch.no_grad()
+def observed_scene(
+    model: Generative, x: Tensor, mask: Tensor, *, precision: str | None = None
+) -> Tensor:
+    """The encoder's scene of what is observed alone, [B, S, ⌈H/8⌉, ⌈W/8⌉]."""
+    x, mask = _pad(x), _pad(mask)
+    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
+    run = _Chunks(x.device, precision)
+    _, z = run(model.encode, windows.cut(x), windows.cut(mask))
+    return windows.scaled().blend(z)
+
+
+@torch.no_grad()
+def mean_scene(
+    model: Generative,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    conditions: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """The expected scene E[z | observed], [B, S, ⌈H/8⌉, ⌈W/8⌉]: the scene as a representation.
+
+    It is the flow's estimate at t = 0, where the noise that it starts from tells nothing; so it
+    starts from none, and the result is a function of what is observed.
+    """
+    return sample_scene(
+        model, x, mask, [None] * len(x), 1, conditions=conditions, precision=precision
+    )
 
 
 def native_precision(device: torch.device) -> str:
@@ -243,7 +305,18 @@ class _Chunks:
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-def _check_request(x: Tensor, mask: Tensor, seeds: Sequence[int], steps: int) -> None:
+def _known(conditions: Tensor | None, x: Tensor) -> Tensor:
+    """Features [B, K] on the device of x; 0 where nothing is known."""
+    if conditions is None:
+        return x.new_zeros(len(x), FEATURES)
+    if conditions.shape != (len(x), FEATURES):
+        raise RequestError(
+            "conditions", got=list(conditions.shape), allowed=f"[{len(x)}, {FEATURES}]"
+        )
+    return conditions.to(x)
+
+
+def _check_request(x: Tensor, mask: Tensor, seeds: Sequence[int | None], steps: int) -> None:
     if x.ndim != 4 or mask.shape[0] != x.shape[0] or mask.shape[2:] != x.shape[2:]:
         raise RequestError("observed", got=f"x {list(x.shape)}, mask {list(mask.shape)}")
     if len(seeds) != len(x):
@@ -271,7 +344,7 @@ def _plans(
                 allowed=[n for n in model.names if n not in observed],
                 remedy="a modality is either observed or a target",
             )
-        plans.append(plan(observed, names, model.seen_sets))
+        plans.append(plan(observed, names, model.seen_sets, model.added_names))
     return plans
 
 

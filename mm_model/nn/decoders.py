@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm_model.nn.added import Added
 from mm_model.nn.blocks import (
+    FINE_STRIDE,
+    STRIDE,
     AdaptiveGroupNorm,
     Block,
     ResidualBlock,
     TimeFeatures,
     fold,
+    split_channels,
     to_image,
     to_tokens,
     unfold,
     zero_,
 )
-from mm_model.nn.scene_encoder import FINE_STRIDE, STRIDE
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
 
 class Decoder(nn.Module):
-    """D(x, t, present, wanted, z) → raw outputs: clean values, or class logits."""
+    """D(x, t, present, wanted, z, conditions) → raw outputs: clean values, or class logits."""
 
     def __init__(
-        self, channels: int, modalities: int, width: int, dim: int, depth: int, heads: int, z: int
+        self,
+        channels: int,
+        modalities: int,
+        conditions: int,
+        width: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        z: int,
     ) -> None:
         super().__init__()
+        self.channels, self.modalities = channels, modalities
         cell = FINE_STRIDE**2
         self.time = TimeFeatures()
-        self.condition = nn.Sequential(
-            nn.Linear(modalities * (self.time.width + 2), dim), nn.SiLU(), nn.Linear(dim, dim)
-        )
+        self.condition_in = nn.Linear(modalities * (self.time.width + 2) + conditions, dim)
+        self.condition_out = nn.Linear(dim, dim)
         self.modulation = nn.Sequential(nn.SiLU(), zero_(nn.Linear(dim, 6 * dim)))
         self.mean_scene = zero_(nn.Linear(z, dim))
 
@@ -49,16 +62,27 @@ class Decoder(nn.Module):
         self.out_norm = AdaptiveGroupNorm(width, dim)
         self.base = nn.Linear(width, channels * cell)
 
-        # The head at full resolution makes the pictures; the shortcuts from z, there from the first
-        # step, keep it from learning to ignore the scene (docs: colour spread .256 → .064 without).
-        fine = max(32, width // 3)
+        # The head at full resolution makes the pictures and takes what observed pixels tell of
+        # theirs; the shortcuts from z, there from the first step, keep it from learning to ignore
+        # the scene (docs/experiments.md: colour spread .256 → .064 without).
+        self.fine_width = max(32, width // 2)
         self.to_fine = nn.Linear(width, FINE_CHANNELS * cell)
-        self.fine_in = nn.Conv2d(FINE_CHANNELS + channels, fine, 3, padding=1)
-        self.fine_norm = AdaptiveGroupNorm(fine, dim)
-        self.fine_out = zero_(nn.Conv2d(fine, channels, 3, padding=1))
+        self.fine_in = nn.Conv2d(FINE_CHANNELS + channels, self.fine_width, 3, padding=1)
+        self.fine_norm = AdaptiveGroupNorm(self.fine_width, dim)
+        self.fine_mix = nn.Conv2d(self.fine_width, self.fine_width, 1)
+        self.fine_out = zero_(nn.Conv2d(self.fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
 
-    def forward(self, x: Tensor, t: Tensor, present: Tensor, wanted: Tensor, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        z: Tensor,
+        conditions: Tensor,
+        added: Iterable[Added] = (),
+    ) -> Tensor:
         """Raw outputs [B, C, H, W], float32.
 
         Args:
@@ -67,20 +91,27 @@ class Decoder(nn.Module):
             present: bool [B, M, H, W], the pixels that are observed.
             wanted: bool [B, M, H, W], the pixels that are generated.
             z: [B, S, H/8, W/8].
+            conditions: [B, K], features of `mm_model.conditions`; 0 where nothing is known.
+            added: of the modalities that were learnt later, whose channels come last.
         """
+        added = tuple(added)
         present, wanted = present.to(x.dtype), wanted.to(x.dtype)
-        condition = self._condition(t, present.amax((2, 3)), wanted.amax((2, 3)))
+        condition = self._condition(t, present.amax((2, 3)), wanted.amax((2, 3)), conditions, added)
         modulation = self.modulation(condition).view(len(x), 6, -1)
         condition = F.silu(condition + self.mean_scene(z.mean((2, 3))))
 
+        own, *later = split_channels(x, self.channels, added)
+        pixels = to_tokens(own)
         roles = F.avg_pool2d(torch.cat([present, wanted], 1), FINE_STRIDE)
-        pixels = to_tokens(x)
-        skip = self.pixels(to_image(fold(pixels, FINE_STRIDE)))
-        skip = skip + to_image(self.roles(to_tokens(roles)))
+        skip = self._first_features(pixels, roles, present.shape[1])
+        for index, (one, extra) in enumerate(zip(added, later, strict=True), self.modalities):
+            pair = roles[:, [index, present.shape[1] + index]]
+            skip = skip + one.decoder_input(extra, pair)
         for residual in self.down_blocks:
             skip = residual(skip, condition)
         tokens = self.down(fold(to_tokens(skip), STRIDE // FINE_STRIDE))
-        tokens = tokens + self.from_scene(to_tokens(z))
+        scene = to_tokens(z)
+        tokens = tokens + self.from_scene(scene)
         for block in self.blocks:
             tokens = block(tokens, modulation)
         up = unfold(self.up(tokens), STRIDE // FINE_STRIDE)
@@ -89,16 +120,43 @@ class Decoder(nn.Module):
             features = residual(features, condition)
         features = to_tokens(F.silu(self.out_norm(features, condition)))
 
-        base = to_image(unfold(self.base(features), FINE_STRIDE))
         fine = unfold(self.to_fine(features), FINE_STRIDE)
         fine = self.fine_in(to_image(torch.cat([fine, pixels.to(fine.dtype)], -1)))
-        fine = self.fine_out(F.silu(self.fine_norm(fine, condition)))
-        coarse = to_image(self.coarse(to_tokens(z))).float()
-        coarse = F.interpolate(coarse, scale_factor=STRIDE, mode="bilinear", align_corners=False)
-        raw: Tensor = base.float() + fine.float() + coarse
-        return raw
+        for one, extra in zip(added, later, strict=True):
+            fine = fine + one.fine_in(extra)
+        fine = F.silu(self.fine_norm(fine, condition))
+        fine = fine + F.silu(self.fine_mix(fine))
+        base = to_image(unfold(self.base(features), FINE_STRIDE))
+        parts = [(base, self.fine_out(fine), to_image(self.coarse(scene)))]
+        parts += [one.raw(features, fine, scene) for one in added]
+        return torch.cat([_sum(*part) for part in parts], 1) if added else _sum(*parts[0])
 
-    def _condition(self, t: Tensor, present: Tensor, wanted: Tensor) -> Tensor:
-        times = self.time(t) * wanted[..., None]
-        features = torch.cat([times.flatten(1), present, wanted], 1)
-        return self.condition(features)  # type: ignore[no-any-return]
+    def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:
+        """Features at a quarter of the resolution, of `count` modalities those learnt first."""
+        m = self.modalities
+        own = torch.cat([roles[:, :m], roles[:, count : count + m]], 1)
+        features = self.pixels(to_image(fold(pixels, FINE_STRIDE)))
+        return features + to_image(self.roles(to_tokens(own)))  # type: ignore[no-any-return]
+
+    def _condition(
+        self,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        conditions: Tensor,
+        added: Sequence[Added],
+    ) -> Tensor:
+        m = self.modalities
+        times = self.time(t[:, :m]) * wanted[:, :m, None]
+        features = [times.flatten(1), present[:, :m], wanted[:, :m], conditions]
+        inner = self.condition_in(torch.cat(features, 1))
+        for index, one in enumerate(added, m):
+            inner = inner + one.decoder_condition(t[:, index], present[:, index], wanted[:, index])
+        return self.condition_out(F.silu(inner))  # type: ignore[no-any-return]
+
+
+def _sum(base: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+    coarse = F.interpolate(
+        coarse.float(), scale_factor=STRIDE, mode="bilinear", align_corners=False
+    )
+    return base.float() + fine.float() + coarse

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mm_model.codec import Codec
+from mm_model.conditions import FEATURES
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality
+from mm_model.nn.added import Added
 from mm_model.nn.decoders import Decoder
 from mm_model.nn.scene_encoder import Encoded, SceneEncoder
 from mm_model.nn.scene_flow import SceneFlow
@@ -48,9 +50,12 @@ class SceneModel(nn.Module):
         seen_sets: sets of modalities that occurred together in training, as `sets` of the
             statistics: [{"modalities": [name, ...], "patches": count}, ...].
         patch_px: side of the windows it was trained on, and samples in.
+        added: names of modalities that are learnt after the others, beside networks that stay; the
+            last of `modalities`, in that order.
     """
 
     owner: Tensor
+    settled: Tensor
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class SceneModel(nn.Module):
         codec: Codec,
         seen_sets: Sequence[Mapping[str, Any]],
         patch_px: int = 64,
+        added: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if tuple(modalities) != codec.modalities:
@@ -67,14 +73,22 @@ class SceneModel(nn.Module):
                 got=[m.name for m in modalities],
                 allowed=f"those of its codec, {list(codec.by_name)}",
             )
+        first = len(modalities) - len(added)
+        if not first or [m.name for m in modalities[first:]] != list(added):
+            raise ConfigError(
+                "added modalities",
+                got=list(added),
+                allowed=f"the last of {[m.name for m in modalities]}, but not all of them",
+            )
         self.modalities = codec.modalities
+        self.added_names = tuple(added)
         self.names = tuple(m.name for m in codec.modalities)
         self.size = size
         self.seen_sets = tuple((frozenset(s["modalities"]), int(s["patches"])) for s in seen_sets)
         self.patch_px = patch_px
         self.scene_channels = size.scene_channels
         self.codec = codec
-        channels, count = codec.channels, len(self.modalities)
+        channels, count = sum(m.channels for m in modalities[:first]), first
         self.encoder = SceneEncoder(
             channels,
             count,
@@ -84,18 +98,36 @@ class SceneModel(nn.Module):
             size.heads,
             size.scene_channels,
         )
-        self.flow = SceneFlow(count, size.dim, size.flow_depth, size.heads, size.scene_channels)
+        self.flow = SceneFlow(
+            count, FEATURES, size.dim, size.flow_depth, size.heads, size.scene_channels
+        )
         self.decoder = Decoder(
             channels,
             count,
+            FEATURES,
             size.decoder_width,
             size.dim,
             size.decoder_depth,
             size.heads,
             size.scene_channels,
         )
+        self.added = nn.ModuleDict(
+            {
+                m.name: Added(
+                    m.channels,
+                    size.encoder_width,
+                    size.decoder_width,
+                    self.decoder.fine_width,
+                    size.dim,
+                    size.scene_channels,
+                )
+                for m in self.modalities[first:]
+            }
+        )
         owner = [i for i, m in enumerate(self.modalities) for _ in range(m.channels)]
         self.register_buffer("owner", torch.tensor(owner), persistent=False)
+        settled = torch.tensor([m.name not in added for m in self.modalities])
+        self.register_buffer("settled", settled, persistent=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -104,6 +136,7 @@ class SceneModel(nn.Module):
             "modalities": [m.to_dict() for m in self.modalities],
             "size": asdict(self.size),
             "patch_px": self.patch_px,
+            "added": list(self.added_names),
             "seen_sets": [{"modalities": sorted(s), "patches": n} for s, n in self.seen_sets],
         }
 
@@ -118,10 +151,48 @@ class SceneModel(nn.Module):
             modalities = tuple(Modality.from_dict(m) for m in config["modalities"])
             size = Size(**config["size"])
             return cls(
-                modalities, size, Codec(modalities, None), config["seen_sets"], config["patch_px"]
+                modalities,
+                size,
+                Codec(modalities, None),
+                config["seen_sets"],
+                config["patch_px"],
+                config["added"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("model configuration", got=repr(error)) from error
+
+    def add(
+        self,
+        modality: Modality,
+        statistics: Mapping[str, Any],
+        seen_sets: Sequence[Mapping[str, Any]],
+    ) -> SceneModel:
+        """This model with one more modality, whose inputs and heads alone can learn.
+
+        Everything that stands is copied and frozen: what it makes of other modalities stays what
+        it was, bit for bit.
+
+        Args:
+            modality: not one of the model's.
+            statistics: of all modalities, this one included, as `Codec` takes them.
+            seen_sets: sets with the new modality that its training data hold, beside those that
+                the model has seen.
+        """
+        sets = [*self.config["seen_sets"], *seen_sets]
+        grown = SceneModel(
+            (*self.modalities, modality),
+            self.size,
+            Codec((*self.modalities, modality), statistics),
+            sets,
+            self.patch_px,
+            (*self.added_names, modality.name),
+        )
+        kept = {n: t for n, t in self.state_dict().items() if not n.startswith("codec.")}
+        grown.load_state_dict(kept, strict=False)
+        fresh = grown.added[modality.name]
+        grown.requires_grad_(False)
+        fresh.requires_grad_(True)
+        return grown.to(self.owner.device)
 
     def channelwise(self, by_modality: Tensor) -> Tensor:
         """[B, M, ...] → [B, C, ...]: what belongs to a modality, for each of its channels."""
@@ -129,20 +200,38 @@ class SceneModel(nn.Module):
 
     def encode(self, x: Tensor, mask: Tensor) -> Encoded:
         """Tokens h and scene z of what the mask [B, M, H, W] shows of x [B, C, H, W]."""
-        return self.encoder(torch.where(self.channelwise(mask), x, 0), mask)  # type: ignore[no-any-return]
+        x = torch.where(self.channelwise(mask), x, 0)
+        return self.encoder(x, mask, self.added.values())  # type: ignore[no-any-return]
 
-    def estimate_scene(self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor) -> Tensor:
+    def estimate_scene(
+        self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor, conditions: Tensor
+    ) -> Tensor:
         """F: the expected clean scene; see `SceneFlow.forward`."""
-        return self.flow(z_t, t, h, seen)  # type: ignore[no-any-return]
+        first = seen[:, : self.encoder.modalities]  # what is learnt later shows in h alone
+        return self.flow(z_t, t, h, first, conditions)  # type: ignore[no-any-return]
 
-    def decode(self, x: Tensor, t: Tensor, present: Tensor, wanted: Tensor, z: Tensor) -> Tensor:
+    def decode(
+        self,
+        x: Tensor,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        z: Tensor,
+        conditions: Tensor,
+    ) -> Tensor:
         """D: raw outputs (clean values, class logits); see `Decoder.forward`."""
-        return self.decoder(x, t, present, wanted, z)  # type: ignore[no-any-return]
+        return self.decoder(  # type: ignore[no-any-return]
+            x, t, present, wanted, z, conditions, self.added.values()
+        )
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""
-        parts = [
-            raw[:, s].softmax(1) - 1 / m.channels if m.is_categorical else raw[:, s]
+        classes = [
+            (s, m.channels)
             for m, s in zip(self.modalities, self.codec.slices.values(), strict=True)
+            if m.is_categorical
         ]
-        return torch.cat(parts, 1)
+        estimate = raw.clone() if classes else raw
+        for channels, count in classes:
+            estimate[:, channels] = raw[:, channels].softmax(1) - 1 / count
+        return estimate

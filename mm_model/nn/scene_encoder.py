@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_model.nn.blocks import Block, ResidualBlock, fold, to_image, to_tokens
-
-STRIDE = 8  # pixels a token's side
-FINE_STRIDE = 4  # pixels a convolutional feature's side
+from mm_model.nn.added import Added
+from mm_model.nn.blocks import (
+    FINE_STRIDE,
+    STRIDE,
+    Block,
+    ResidualBlock,
+    fold,
+    split_channels,
+    to_image,
+    to_tokens,
+)
 
 
 class Encoded(NamedTuple):
@@ -31,6 +39,7 @@ class SceneEncoder(nn.Module):
         self, channels: int, modalities: int, width: int, dim: int, depth: int, heads: int, z: int
     ) -> None:
         super().__init__()
+        self.channels, self.modalities = channels, modalities
         self.pixels = nn.Conv2d(channels * FINE_STRIDE**2, width, 3, padding=1)
         self.presence = nn.Linear(modalities, width, bias=False)
         self.residual = ResidualBlock(width)
@@ -38,11 +47,21 @@ class SceneEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.to_scene = nn.Linear(dim, z)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Encoded:
-        """x: [B, C, H, W], 0 where unknown; mask: bool [B, M, H, W]; H and W multiples of 8."""
-        coverage = F.avg_pool2d(mask.to(x.dtype), FINE_STRIDE)
+    def forward(self, x: Tensor, mask: Tensor, added: Iterable[Added] = ()) -> Encoded:
+        """Tokens and scene.
+
+        Args:
+            x: [B, C, H, W], 0 where unknown; H and W multiples of 8.
+            mask: bool [B, M, H, W].
+            added: of the modalities that were learnt later, whose channels come last.
+        """
+        added = tuple(added)
+        x, *later = split_channels(x, self.channels, added)
+        coverage = F.avg_pool2d(mask[:, : self.modalities].to(x.dtype), FINE_STRIDE)
         features = self.pixels(to_image(fold(to_tokens(x), FINE_STRIDE)))
         features = features + to_image(self.presence(to_tokens(coverage)))
+        for index, (one, pixels) in enumerate(zip(added, later, strict=True), self.modalities):
+            features = features + one.encoder_input(pixels, mask[:, index : index + 1])
         tokens = self.patch(fold(to_tokens(self.residual(features)), STRIDE // FINE_STRIDE))
         for block in self.blocks:
             tokens = block(tokens)

@@ -10,20 +10,26 @@ from mm_model.nn.blocks import Block, TimeFeatures, to_image, to_tokens, zero_
 
 
 class SceneFlow(nn.Module):
-    """F(z_t, t, h, seen) → estimate of the clean z."""
+    """F(z_t, t, h, seen, conditions) → estimate of the clean z."""
 
-    def __init__(self, modalities: int, dim: int, depth: int, heads: int, z: int) -> None:
+    def __init__(
+        self, modalities: int, conditions: int, dim: int, depth: int, heads: int, z: int
+    ) -> None:
         super().__init__()
         self.from_scene = nn.Linear(z, dim)
         self.from_observed = nn.Linear(dim, dim)
         self.time = TimeFeatures()
         self.condition = nn.Sequential(
-            nn.Linear(self.time.width + modalities, dim), nn.SiLU(), zero_(nn.Linear(dim, 6 * dim))
+            nn.Linear(self.time.width + modalities + conditions, dim),
+            nn.SiLU(),
+            zero_(nn.Linear(dim, 6 * dim)),
         )
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.to_scene = zero_(nn.Linear(dim, z))
 
-    def forward(self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, h: Tensor, seen: Tensor, conditions: Tensor
+    ) -> Tensor:
         """Estimate of z, [B, S, h, w].
 
         Args:
@@ -31,8 +37,9 @@ class SceneFlow(nn.Module):
             t: [B] in [0, 1]; 1 is clean.
             h: tokens [B, h, w, d] of the observed modalities.
             seen: [B, M], the fraction of pixels that is observed of each modality.
+            conditions: [B, K], features of `mm_model.conditions`; 0 where nothing is known.
         """
-        condition = torch.cat([self.time(t), seen], -1)
+        condition = torch.cat([self.time(t), seen, conditions], -1)
         modulation = self.condition(condition).view(len(t), 6, -1)
         tokens = self.from_scene(to_tokens(z_t)) + self.from_observed(h)
         for block in self.blocks:

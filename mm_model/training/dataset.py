@@ -10,6 +10,7 @@ teach the model that relief and shadow are unrelated.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from mm_model.conditions import Conditions, stack_features
+from mm_model.data.circumstances import complete
 from mm_model.data.patch import Patch
 from mm_model.errors import DataError
 from mm_model.modalities import Modality
@@ -72,6 +76,18 @@ def collate(patches: Sequence[Patch], modalities: Sequence[Modality]) -> Scene:
     return Scene(values, valid)
 
 
+def conditions_of(patch: Patch) -> Conditions:
+    """What a patch tells besides its images: its distance, the day of its first dated layer, and
+    what follows from its grid.
+    """
+    days = [dt.date.fromisoformat(d[:10]) for d in _dates(patch)]
+    return complete(Conditions(patch.gsd_m, days[0] if days else None), patch.grid)
+
+
+def _dates(patch: Patch) -> list[str]:
+    return [layer.acquired_at for layer in patch.layers.values() if layer.acquired_at]
+
+
 class PatchDataset:
     """The training patches of a store, dealt out in batches.
 
@@ -110,16 +126,18 @@ class PatchDataset:
 
     def batches(
         self, start: int, stop: int, *, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[list[str], Scene]]:
-        """(patch ids, scene) of one rank for steps start … stop − 1, read one step ahead.
+    ) -> Iterator[tuple[list[str], Scene, Tensor]]:
+        """(patch ids, scene, features of its conditions [B, K]) of one rank for steps start …
+        stop − 1, read one step ahead.
 
         One thread is enough: a step's patches are copied from memory-mapped files in about a
         hundredth of the time that the step takes.
         """
 
-        def load(step: int) -> tuple[list[str], Scene]:
+        def load(step: int) -> tuple[list[str], Scene, Tensor]:
             patches = self.share(step, rank, world)
-            return [p.patch_id for p in patches], collate(patches, self.modalities)
+            known = torch.from_numpy(stack_features([conditions_of(p) for p in patches]))
+            return [p.patch_id for p in patches], collate(patches, self.modalities), known
 
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
             ahead = reader.submit(load, start) if start < stop else None

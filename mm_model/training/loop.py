@@ -51,7 +51,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_state(model: SceneModel, config: TrainConfig) -> TrainState:
     """The state of a training that has not begun."""
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
         betas=_BETAS,
         weight_decay=config.weight_decay,
@@ -98,14 +98,16 @@ def train(
     start = state.step
     share = config.batch // world
     batches = dataset.batches(start, config.steps, rank=rank, world=world)
-    for step, (patch_ids, scene) in zip(range(start, config.steps), batches, strict=True):
+    for step, (patch_ids, scene, conditions) in zip(
+        range(start, config.steps), batches, strict=True
+    ):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         state.optimizer.zero_grad()
         x, mask = model.codec.encode(scene.to(device))
         draws = draw(model, config.seed, step, range(rank * share, (rank + 1) * share), mask)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            found: StepLoss = objective(x, mask, draws)
+            found: StepLoss = objective(x, mask, conditions.to(device), draws)
         loss = found.total
         finite = bool(loss.isfinite())
         # A loss that is not finite spoils the reduced gradient, so that all ranks see it at once

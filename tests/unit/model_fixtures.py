@@ -1,4 +1,4 @@
-"""A toy model and toy scenes: batch 3, 5 modalities, 18 channels, 16 x 24 pixels."""
+"""A toy model and toy scenes: batch 3, 5 modalities, 19 channels, 16 x 24 pixels."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _MOMENTS = {
     "m": (200.0, 40.0, 0.3, 1.2),
     "K": (290.0, 10.0, 290.0, 12.0),
 }
+_RELIEF = {"scale": 8.0, "transformed_mean": 0.02, "transformed_std": 1.1}
 
 
 def statistics(modalities: Sequence[Modality] = FIVE, patches: int = 10) -> dict:
@@ -44,6 +45,8 @@ def statistics(modalities: Sequence[Modality] = FIVE, patches: int = 10) -> dict
             continue
         center, scale, mean, std = _MOMENTS[m.unit]
         band = {"center": center, "scale": scale, "transformed_mean": mean, "transformed_std": std}
+        if m.splits_relief:
+            band["relief"] = _RELIEF
         records[m.name] = {"pixels": 99, "bands": [{"name": b.name, **band} for b in m.bands]}
     sets = [{"modalities": [m.name for m in modalities], "patches": patches}]
     return {"patches": patches, "modalities": records, "sets": sets}

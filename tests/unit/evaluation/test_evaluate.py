@@ -62,7 +62,7 @@ def bundle():
     torch.manual_seed(0)
     size = Size(8, 8, 16, 1, 1, 1, 2, 4)
     model = SceneModel(MODALITIES, size, Codec(MODALITIES, statistics), sets, patch_px=16)
-    return Bundle(model.eval(), Manifest(model.config, 10.0, statistics, bundle_id="b" * 64))
+    return Bundle(model.eval(), Manifest(model.config, [10.0], statistics, bundle_id="b" * 64))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,27 @@ def test_the_card_names_what_matters(evaluation, bundle):
     card = model_card(bundle.manifest, MODALITIES, evaluation.metrics, {"git_commit": "abc"})
     for part in ("11 classes", "VV, VH; dB", "5 patches of 2 places", "b" * 64, "`abc`"):
         assert part in card
+
+
+def test_the_card_says_for_how_long_it_was_trained_in_all(evaluation, bundle):
+    training = {"steps": 1200, "samples": 19200, "seconds": 90.0, "patches": 4321, "places": 34}
+    start = {"bundle_id": "c" * 64, "steps": 3000, "samples": 50000, "seconds": 3600.0}
+    alone = {"data_source": "synthetic", "training": training, "start": None}
+    for provenance, parts, absent in (
+        ({}, ("5 patches of 2 places", "not recorded"), "in all"),
+        (alone, ("4,321 patches of 34 places", "`synthetic`", "1,200 steps"), "in all"),
+        (
+            {**alone, "start": start},
+            ("1,200 steps, 19,200 samples, 1.5 minutes", "c" * 64, "4,200 steps", "69,200 samples",
+             "61.5 minutes in all"),
+            "not recorded",
+        ),
+    ):  # fmt: skip
+        manifest = replace(bundle.manifest, provenance=provenance)
+        card = model_card(manifest, MODALITIES, evaluation.metrics, {})
+        section = card.split("## Trained on\n\n")[1].split("\n\n")[0]
+        assert all(part in section for part in parts)
+        assert absent not in section
 
 
 def test_the_card_names_the_licences_and_whom_they_want_named(evaluation, bundle):

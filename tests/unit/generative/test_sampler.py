@@ -12,6 +12,7 @@ import itertools
 
 from model_fixtures import FIVE, NAMES, make_model, make_scene
 
+from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import canvas_noise, generator
 from mm_model.generative.sampler import decode_scene, sample, sample_scene
@@ -71,7 +72,7 @@ def test_what_the_mask_hides_changes_no_sample() -> None:
 def test_any_size_samples(height: int, width: int) -> None:
     x, mask = observed(("sar",), batch=1, height=height, width=width)
     made = sample(MODEL, x, mask, ["rgb", "nir"], [7], 1)
-    assert made.shape == (1, 18, height, width)
+    assert made.shape == (1, MODEL.codec.channels, height, width)
     assert torch.isfinite(made).all()
 
 
@@ -163,7 +164,7 @@ def test_a_sixth_modality_needs_no_other_edit() -> None:
     six = (*FIVE, thermal)
     model = make_model(six).train()
     x, mask = model.codec.encode(make_scene(six))
-    loss = step_loss(model, x, mask, draw(model, 0, 0, range(3), mask))
+    loss = step_loss(model, x, mask, torch.zeros(3, FEATURES), draw(model, 0, 0, range(3), mask))
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert loss.by_modality.shape == (6,)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_fixtures import FIVE, HEIGHT, NAMES, SIZE, WIDTH, make_model, make_scene
 
 from mm_model.codec import Codec
+from mm_model.conditions import FEATURES
 from mm_model.errors import ConfigError
 from mm_model.nn.blocks import Attention, fold, unfold
 from mm_model.nn.model import SceneModel, Size
@@ -57,24 +58,26 @@ def test_decoder_depends_on_the_scene_the_roles_and_the_time() -> None:
     present, wanted = mask.clone(), mask.clone()
     present[:, 1:], wanted[:, :1] = False, False
     t, z = torch.full((3, 5), 0.3), torch.randn(3, SIZE.scene_channels, 2, 3)
-    raw = MODEL.decode(x, t, present, wanted, z)
+    unknown = torch.zeros(3, FEATURES)
+    raw = MODEL.decode(x, t, present, wanted, z, unknown)
     assert raw.shape == x.shape
     for other in (
-        MODEL.decode(x, t, present, wanted, -z),
-        MODEL.decode(x, 2 * t, present, wanted, z),
-        MODEL.decode(x, t, wanted, present, z),
+        MODEL.decode(x, t, present, wanted, -z, unknown),
+        MODEL.decode(x, 2 * t, present, wanted, z, unknown),
+        MODEL.decode(x, t, wanted, present, z, unknown),
+        MODEL.decode(x, t, present, wanted, z, torch.ones(3, FEATURES)),
     ):
         assert not torch.allclose(raw, other, atol=1e-3)
     later = t.clone()
     later[:, 0] = 0.9  # not wanted: its time means nothing
-    assert torch.equal(MODEL.decode(x, later, present, wanted, z), raw)
+    assert torch.equal(MODEL.decode(x, later, present, wanted, z, unknown), raw)
 
 
 def test_estimate_is_a_posterior_mean_of_classes() -> None:
-    raw = torch.randn(2, 18, 4, 6)
+    raw = torch.randn(2, 19, 4, 6)
     estimate = MODEL.estimate(raw)
-    assert torch.equal(estimate[:, :7], raw[:, :7])
-    assert torch.allclose(estimate[:, 7:].sum(1), torch.zeros(2, 4, 6), atol=1e-6)
+    assert torch.equal(estimate[:, :8], raw[:, :8])
+    assert torch.allclose(estimate[:, 8:].sum(1), torch.zeros(2, 4, 6), atol=1e-6)
 
 
 def test_fold_is_inverted_by_unfold() -> None:
@@ -110,10 +113,10 @@ def test_modalities_must_be_the_codec_s() -> None:
 
 
 def test_tiny_has_the_parameters_that_were_measured() -> None:
-    size = Size(64, 96, 192, 2, 3, 3, 3, 16)
+    size = Size(64, 96, 192, 2, 6, 3, 3, 16)
     model = SceneModel(FIVE, size, Codec(FIVE, None), [])
     millions = [
         round(sum(p.numel() for p in part.parameters()) / 1e6, 1)
         for part in (model.encoder, model.flow, model.decoder)
     ]
-    assert millions == [1.2, 1.6, 3.1]
+    assert millions == [1.2, 3.0, 3.2]

@@ -43,8 +43,11 @@ def test_read_ahead_gives_the_same_batches_from_any_start():
     whole = list(dataset().batches(0, 7))
     late = list(dataset().batches(4, 7))
     assert len(whole) == 7
-    for (ids, scene), (late_ids, late_scene) in zip(whole[4:], late, strict=True):
+    for (ids, scene, known), (late_ids, late_scene, late_known) in zip(
+        whole[4:], late, strict=True
+    ):
         assert ids == late_ids
+        assert torch.equal(known, late_known)
         assert all(torch.equal(scene.values[n], late_scene.values[n]) for n in scene.values)
     assert list(dataset().batches(3, 3)) == []
 

@@ -10,12 +10,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_fixtures import FIVE, NAMES, make_model, make_scene, spoil
 
+from mm_model.conditions import FEATURES, GROUPS
 from mm_model.generative.sampler import decode_scene
 from mm_model.modalities import select
 from mm_model.scene import Scene
 from mm_model.training.step import Draws, TrainingStep, draw, step_loss
 
 MODEL = make_model()
+UNKNOWN = torch.zeros(3, FEATURES)
 
 
 def rows(draws: Draws, which: list[int]) -> Draws:
@@ -43,14 +45,20 @@ def test_draws_keep_the_rules() -> None:
     assert not (d.direct & ~d.observed).any()
     assert not (d.wanted & (d.observed | ~available)).any()
     assert d.wanted.any(1).all()
-    assert ((d.t > 0) & (d.t < 1)).all()
+    assert ((d.t >= 0) & (d.t < 1)).all()
+    at_start = (d.t == 0).all(1).float().mean().item()
+    assert at_start == pytest.approx(0.10, abs=0.06)
+    assert (d.t_scene == 0).float().mean().item() == pytest.approx(0.10, abs=0.06)
+    assert ((d.t == 0).any(1) == (d.t == 0).all(1)).all()
+    told = d.conditions_kept.any(1).float().mean().item()
+    assert told == pytest.approx(0.7 * (1 - 0.3 ** len(GROUPS)), abs=0.09)
     several = available.sum(1) > 1
     empty = (~d.observed.any(1))[several].float().mean().item()
     assert empty == pytest.approx(0.10, abs=0.06)  # 3.5 standard deviations
     shown = d.direct.any(1)[d.observed.any(1)].float().mean().item()
     assert shown == pytest.approx(0.75, abs=0.08)
     shared = (d.t == d.t[:, :1]).all(1).float().mean().item()
-    assert shared == pytest.approx(0.70, abs=0.08)
+    assert shared == pytest.approx(0.73, abs=0.08)
     assert d.scene_kept.float().mean().item() == pytest.approx(0.92, abs=0.05)
 
 
@@ -60,7 +68,7 @@ def test_what_an_invalid_pixel_holds_changes_no_loss(junk: float) -> None:
     found = []
     for value in (0.0, junk):
         x, mask = MODEL.codec.encode(spoil(scene, value))
-        found.append(step_loss(MODEL, x, mask, draw(MODEL, 0, 0, range(3), mask)))
+        found.append(step_loss(MODEL, x, mask, UNKNOWN, draw(MODEL, 0, 0, range(3), mask)))
     assert torch.equal(found[0].total, found[1].total)
     assert torch.equal(found[0].by_modality, found[1].by_modality)
 
@@ -74,7 +82,7 @@ def test_only_valid_pixels_of_wanted_modalities_are_learnt_from() -> None:
     draws = dataclasses.replace(draws, wanted=wanted, observed=~wanted, direct=~wanted)
     spoilt = x.clone()
     spoilt[:, :3, :, 12:] = 99  # the encoder and the loss must both skip it
-    a, b = (step_loss(MODEL, v, mask, draws) for v in (x, spoilt))
+    a, b = (step_loss(MODEL, v, mask, UNKNOWN, draws) for v in (x, spoilt))
     assert torch.equal(a.total, b.total)
     assert a.wanted.tolist() == [3, 0, 0, 0, 0]
     assert a.by_modality[0] > 0
@@ -85,9 +93,9 @@ def test_loss_is_the_mean_over_samples() -> None:
     x, mask = MODEL.codec.encode(make_scene())
     mask[1, 3:] = False  # a sample with fewer modalities weighs the same
     draws = draw(MODEL, 0, 0, range(3), mask)
-    whole = step_loss(MODEL, x, mask, draws).total
+    whole = step_loss(MODEL, x, mask, UNKNOWN, draws).total
     each = [
-        step_loss(MODEL, x[i : i + 1], mask[i : i + 1], rows(draws, [i])).total for i in range(3)
+        step_loss(MODEL, x[[i]], mask[[i]], UNKNOWN[:1], rows(draws, [i])).total for i in range(3)
     ]
     assert whole.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
@@ -100,9 +108,14 @@ def test_gradient_reaches_what_the_samples_use_and_nothing_else() -> None:
     only_rgb = torch.tensor([[True, False, False, False, False]]).expand(3, -1)
     kept = torch.ones(3, dtype=torch.bool)
     draws = dataclasses.replace(
-        draws, observed=only_sar, direct=only_sar, wanted=only_rgb, scene_kept=kept
+        draws,
+        observed=only_sar,
+        direct=only_sar,
+        wanted=only_rgb,
+        scene_kept=kept,
+        conditions_kept=torch.ones(3, len(GROUPS), dtype=torch.bool),
     )
-    TrainingStep(model)(x, mask, draws).total.backward()
+    TrainingStep(model)(x, mask, torch.randn(3, FEATURES), draws).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -112,8 +125,8 @@ def test_gradient_reaches_what_the_samples_use_and_nothing_else() -> None:
     assert last[:3].abs().sum() > 0
     assert last[3:].abs().sum() == 0
     # Input channels of what is absent (dem), of the encoder's first convolution.
-    first = model.encoder.pixels.weight.grad.unflatten(1, (16, 18))
-    assert first[:, :, 6].abs().sum() == 0
+    first = model.encoder.pixels.weight.grad.unflatten(1, (16, 19))
+    assert first[:, :, 6:8].abs().sum() == 0
     assert first[:, :, 4].abs().sum() > 0
 
 
@@ -124,7 +137,7 @@ def test_gradients_do_not_depend_on_the_order_of_layers() -> None:
         scene = Scene({n: scene.values[n] for n in order}, {n: scene.valid[n] for n in order})
         model = make_model().train()
         x, mask = model.codec.encode(scene)
-        step_loss(model, x, mask, draw(model, 0, 0, range(3), mask)).total.backward()
+        step_loss(model, x, mask, UNKNOWN, draw(model, 0, 0, range(3), mask)).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
@@ -148,7 +161,7 @@ def test_overfits_one_batch_and_samples_it() -> None:
         draws = dataclasses.replace(
             draw(model, 0, step, range(2), mask), observed=~wanted, direct=~wanted, wanted=wanted
         )
-        loss = step_loss(model, x, mask, draws)
+        loss = step_loss(model, x, mask, UNKNOWN[:2], draws)
         optimiser.zero_grad()
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,7 +184,7 @@ def test_five_modalities_weigh_the_same_as_two() -> None:
     for names in (("rgb", "nir"), ("rgb", "nir", "sar", "dem")):
         x, mask = MODEL.codec.encode(scene.only(*names))
         found = [
-            step_loss(MODEL, x, mask, draw(MODEL, 0, step, range(3), mask)).total.item()
+            step_loss(MODEL, x, mask, UNKNOWN, draw(MODEL, 0, step, range(3), mask)).total.item()
             for step in range(6)
         ]
         totals.append(sum(found))

@@ -72,6 +72,7 @@ def make_model() -> SceneModel:
 
 def train_config(**changes) -> TrainConfig:
     config = {
+        "start": "scratch",
         "seed": 3,
         "steps": 9,
         "batch": 6,
