@@ -76,7 +76,7 @@ def _prepare(chosen: Params, folder: Path) -> tuple[dict[str, float], str]:
         manifest = _render_files(chosen, folder)
         scenes = load_manifest(manifest)
         about = f"rendered rasters, since no real ones are here: {len(scenes)} scenes, all warped"
-    gsd_m = chosen.prepare.gsd_m
+    gsd_m = chosen.prepare.gsd_m[0]
     source = GeotiffSource(manifest, chosen.prepare.patch_px, gsd_m, chosen.selected)
 
     def ours() -> None:

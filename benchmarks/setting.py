@@ -60,7 +60,9 @@ def synthetic_source(chosen: Params, places: int) -> SyntheticSource:
     config = SyntheticConfig(
         **{**chosen.prepare.synthetic.model_dump(), "places": places, "complete_share": 1.0}
     )
-    return SyntheticSource(config, chosen.prepare.patch_px, chosen.prepare.gsd_m, chosen.selected)
+    return SyntheticSource(
+        config, chosen.prepare.patch_px, chosen.prepare.gsd_m[0], chosen.selected
+    )
 
 
 def make_store(chosen: Params, path: Path, places: int) -> PatchStore:
@@ -87,7 +89,7 @@ def make_bundle(chosen: Params, folder: Path) -> tuple[Bundle, PatchStore]:
         statistics_["sets"],
         patch_px=chosen.prepare.patch_px,
     )
-    manifest = Manifest(model.config, chosen.prepare.gsd_m, statistics_)
+    manifest = Manifest(model.config, chosen.prepare.gsd_m[:1], statistics_)
     save_bundle(folder / "bundle", model.eval(), manifest)
     return load_bundle(folder / "bundle"), store
 

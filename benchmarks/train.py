@@ -81,13 +81,17 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
 def _job(chosen: Params, folder: Path) -> Job:
     store = setting.make_store(chosen, folder / "patches", PLACES)
     positions = tuple(range(len(store)))
+    statistics_ = compute_statistics(store, positions, chosen.selected)
     return Job(
         run=folder / "run",
         fingerprint="benchmark",
         store=store.path,
         positions=positions,
         shown=(),
-        statistics=compute_statistics(store, positions, chosen.selected),
+        start=None,
+        add=None,
+        statistics=statistics_,
+        seen_sets=statistics_["sets"],
         modalities=chosen.selected,
         size=chosen.model.chosen,
         patch_px=chosen.prepare.patch_px,

@@ -3,6 +3,10 @@
 `weights.safetensors` holds the weights (averaged over training) and the codec's buffers;
 `manifest.json` says how to build the model around them, and where they come from. Both have the
 same bytes whenever they are written from the same content.
+
+Matrices of weights lie there in half precision, so that a bundle is half as large; whoever uses a
+model (evaluation, registry, serving, a training that goes on from it) loads it from here, and so
+all of them compute with the same rounded weights.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,15 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import Modality
 from mm_model.nn.model import SceneModel
 
-FORMAT = 1
+FORMAT = 2  # 1: elevation had one channel a band
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
-_MODEL_KEYS = {"size", "modalities", "seen_sets", "patch_px"}
+_MODEL_KEYS = {"size", "modalities", "added", "seen_sets", "patch_px"}
 _KEYS = {
     "format",
     "bundle_id",
@@ -44,17 +49,17 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        model: what `SceneModel.config` gave: modalities, size, seen_sets, patch_px. A bundle
-            carries its own modality table, so that it does not change meaning when the registry
-            does.
-        gsd_m: ground sampling distance it was trained at, in metres.
+        model: what `SceneModel.config` gave: modalities, added, size, seen_sets, patch_px. A
+            bundle carries its own modality table, so that it does not change meaning when the
+            registry does.
+        gsd_m: ground sampling distances it was trained at, in metres.
         statistics: of the training split, as `data.stats` writes them.
         provenance: JSON-ready record of origin: commit, data hashes, parameters, sources, run.
         weights_sha256, bundle_id: filled by `save_bundle`.
     """
 
     model: Mapping[str, Any]
-    gsd_m: float
+    gsd_m: Sequence[float]
     statistics: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -70,6 +75,15 @@ class Manifest:
         """Side of the training patches, which is the window of the sampler."""
         return int(self.model["patch_px"])
 
+    @property
+    def effort(self) -> dict[str, float]:
+        """Steps, samples and seconds of its training and of those before that it went on from.
+
+        Empty where the provenance does not tell.
+        """
+        own, before = (self.provenance.get(k) or {} for k in ("training", "start"))
+        return {k: own[k] + before.get(k, 0) for k in ("steps", "samples", "seconds") if k in own}
+
     def to_dict(self) -> dict[str, Any]:
         """The content of manifest.json."""
         return {
@@ -77,7 +91,7 @@ class Manifest:
             "bundle_id": self.bundle_id,
             "weights_sha256": self.weights_sha256,
             "model": dict(self.model),
-            "gsd_m": self.gsd_m,
+            "gsd_m": list(self.gsd_m),
             "statistics": dict(self.statistics),
             "provenance": dict(self.provenance),
         }
@@ -94,12 +108,15 @@ class Bundle:
 def save_bundle(path: Path, model: SceneModel, manifest: Manifest) -> Manifest:
     """Write a bundle folder, whole or not at all; one that stands there is replaced.
 
+    Matrices of weights are rounded to half precision: to 11 bits, or to 2^-25 where that is more.
+
     Returns:
         The manifest with `weights_sha256` and `bundle_id` filled in.
+
+    Raises:
+        BundleError: a weight is not finite in half precision, or the manifest is no JSON.
     """
-    weights = safetensors.torch.save(
-        {n: t.detach().cpu().contiguous().clone() for n, t in model.state_dict().items()}
-    )
+    weights = safetensors.torch.save(_packed(model))
     record = manifest.to_dict()
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     record["bundle_id"] = _bundle_id(record)
@@ -142,7 +159,9 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Load a bundle; strict: every tensor must be there, in its shape, and none besides.
+    """Load a bundle; strict: every tensor must be there, in its shape and type, and none besides.
+
+    The model's weights are single precision again.
 
     Raises:
         BundleError: the file or field that is damaged, missing or unknown is named.
@@ -166,12 +185,41 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
         raise BundleError(f"{path / MANIFEST}: model", got=error) from error
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    misshapen = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
-    for fault, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+    both = [n for n in expected if n in tensors]
+    misshapen = [n for n in both if tensors[n].shape != expected[n].shape]
+    types = _stored_types(model)
+    mistyped = [n for n in both if tensors[n].dtype != types[n]]
+    faults = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "mistyped": mistyped}
+    for fault, names in faults.items():
         if names:
             raise BundleError(f"{fault} tensors in {file}", got=names[:8])
     model.load_state_dict(tensors)
     return Bundle(model.to(device).eval().requires_grad_(False), manifest)
+
+
+def _stored_types(model: SceneModel) -> dict[str, torch.dtype]:
+    """The type in which each tensor is written: half for matrices of weights, else its own.
+
+    Vectors (norms, biases) are small, and the codec's buffers are measurements: both stay exact.
+    """
+    matrices = {n for n, p in model.named_parameters() if p.ndim > 1 and p.dtype is torch.float32}
+    tensors = model.state_dict()
+    return {n: torch.float16 if n in matrices else t.dtype for n, t in tensors.items()}
+
+
+def _packed(model: SceneModel) -> dict[str, Tensor]:
+    """The model's tensors as they are written; raises BundleError if a weight does not survive."""
+    tensors, types = model.state_dict(), _stored_types(model)
+    packed = {n: t.detach().to("cpu", types[n]).contiguous().clone() for n, t in tensors.items()}
+    for name, _ in model.named_parameters():
+        if not bool(packed[name].isfinite().all()):
+            raise BundleError(
+                f"weights {name}",
+                got=f"a largest magnitude of {float(tensors[name].abs().max()):g}",
+                allowed=f"finite, up to {torch.finfo(packed[name].dtype).max:g}",
+                remedy="train again with a lower train.learning_rate",
+            )
+    return packed
 
 
 def _write(file: Path, content: bytes) -> None:

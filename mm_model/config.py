@@ -6,6 +6,7 @@ is an error.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ class SyntheticConfig(Section):
 
     seed: int
     places: PositiveInt
-    patches_per_place: PositiveInt = Field(description="patches of a place, a square number")
+    patches_per_place: PositiveInt = Field(description="at the finest gsd_m, a square number")
     complete_share: Fraction = Field(description="share of places that have every modality")
 
     @model_validator(mode="after")
@@ -53,11 +54,17 @@ class PrepareConfig(Section):
 
     source: Literal["synthetic", "geotiff"]
     patch_px: Annotated[int, Field(ge=16, le=1024, multiple_of=8)]
-    gsd_m: PositiveFloat
+    gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None
+
+    @model_validator(mode="after")
+    def _ascends(self) -> PrepareConfig:
+        if any(a >= b for a, b in pairwise(self.gsd_m)):
+            raise ValueError(f"gsd_m must ascend, each distance once, got {list(self.gsd_m)}")
+        return self
 
     @model_validator(mode="after")
     def _has_its_source(self) -> PrepareConfig:
@@ -120,6 +127,10 @@ class ModelChoice(Section):
 class TrainConfig(Section):
     """The optimisation, and the workers it runs on."""
 
+    start: Annotated[
+        str, Field(min_length=1, description="scratch, pretrained, or a bundle's folder")
+    ]
+    add: str | None = Field(None, description="a modality that joins the bundle at `start`")
     seed: int
     steps: PositiveInt
     batch: PositiveInt
@@ -134,6 +145,12 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt
     picture_every: PositiveInt
     max_failures: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _joins_something(self) -> TrainConfig:
+        if self.add is not None and self.start == "scratch":
+            raise ValueError(f"add ({self.add}) needs a trained model: name a bundle in start")
+        return self
 
     @model_validator(mode="after")
     def _even_shares(self) -> TrainConfig:

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 
 from mm_model.adapters import environment
 from mm_model.adapters.mlflow_reporter import Journal
+from mm_model.bundle import load_bundle
 from mm_model.codec import Codec
 from mm_model.config import ModelSize, TrainConfig
 from mm_model.data.store import PatchStore
@@ -35,6 +36,7 @@ from mm_model.nn.model import SceneModel, Size
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.loop import make_state, train
 from mm_model.training.preview import Preview
+from mm_model.training.start import continued, grown
 from mm_model.training.state import Checkpoints
 
 # A worker that waits longer than this for another one gives up, and Ray starts both anew.
@@ -52,7 +54,11 @@ class Job:
         store: the patch store.
         positions: of the training patches in the store.
         shown: positions of the held-out patches that pictures are made of.
-        statistics: of the training split.
+        start: folder of the bundle that the training begins with; None begins with random weights.
+        add: the last of the modalities, if it joins that bundle and alone learns.
+        statistics: that the model normalises by: of the training split, or of the bundle.
+        seen_sets: sets of modalities that the training, and those before it, have seen together.
+        modalities: of the model.
         patch_px: side of a patch.
     """
 
@@ -61,7 +67,10 @@ class Job:
     store: Path
     positions: tuple[int, ...]
     shown: tuple[int, ...]
+    start: Path | None
+    add: str | None
     statistics: Mapping[str, Any]
+    seen_sets: Sequence[Mapping[str, Any]]
     modalities: tuple[Modality, ...]
     size: ModelSize
     patch_px: int
@@ -73,12 +82,16 @@ class Job:
 
     def model(self) -> SceneModel:
         """The model before its first step, the same wherever it is made."""
+        if self.start is not None and self.add is not None:
+            torch.manual_seed(self.config.seed)
+            last = self.modalities[-1]
+            return grown(load_bundle(self.start), last, self.statistics, self.seen_sets)
+        if self.start is not None:
+            return continued(load_bundle(self.start), self.seen_sets, self.patch_px)
         torch.manual_seed(self.config.seed)
         codec = Codec(self.modalities, self.statistics)
         size = Size(**self.size.model_dump())
-        return SceneModel(
-            self.modalities, size, codec, self.statistics["sets"], patch_px=self.patch_px
-        )
+        return SceneModel(self.modalities, size, codec, self.seen_sets, patch_px=self.patch_px)
 
 
 def launch(job: Job) -> None:

@@ -17,16 +17,30 @@ from mm_model.adapters.mlflow_registry import collect_lineage
 from mm_model.adapters.mlflow_reporter import Journal, read_journal, run_id_of, shipping
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.adapters.train_progress import following
-from mm_model.bundle import Manifest, save_bundle
+from mm_model.bundle import Manifest, load_manifest, save_bundle
 from mm_model.config import Params, parse, read_yaml
 from mm_model.data.sources.manifest import ManifestFile
 from mm_model.data.split import TRAIN, VALIDATION, load_split
 from mm_model.data.store import INDEX, PatchStore
+from mm_model.errors import ConfigError
+from mm_model.pretrained import NAME, PRETRAINED
+from mm_model.training.start import check_start, join_statistics, merge_sets
 
 _SHOWN = 6  # held-out patches in a picture sheet
 _FINISHED = "finished"
+_BUNDLE = "models/bundle"
 # What makes two trainings of the same data and parameters differ.
-_CODE = ("codec.py", "modalities.py", "nn", "generative", "training", "data/store.py")
+_CODE = (
+    "codec.py",
+    "conditions.py",
+    "data/circumstances.py",
+    "data/store.py",
+    "generative",
+    "geo/sun.py",
+    "modalities.py",
+    "nn",
+    "training",
+)
 
 
 def train_bundle(params: Params, folder: Path) -> dict[str, Any]:
@@ -41,6 +55,8 @@ def train_bundle(params: Params, folder: Path) -> dict[str, Any]:
     """
     folder = folder.absolute()
     job = make_job(params, folder)
+    # Read now: at the end, another bundle may stand where the one that it begins with stood.
+    model, begun = job.model(), load_manifest(job.start) if job.start else None
     lineage = collect_lineage(folder, _flow_run_id())
     journal = Journal(job.run)
     config = {
@@ -61,20 +77,25 @@ def train_bundle(params: Params, folder: Path) -> dict[str, Any]:
             raise
         journal.end("FINISHED")
     summary = {**_figures(job), "run_id": run_id_of(job.run), "run_dir": str(job.run)}
-    model = job.model()
     job.checkpoints.load_average(model)
+    split = _read_statistics(folder)
+    figures = {k: summary[k] for k in ("steps", "samples", "seconds", "losses")}
     provenance = {
         **lineage,
         "version": __version__,
         "params": json.loads(params.model_dump_json(by_alias=True)),
-        "sources": _sources(params, folder),
+        "start": {"bundle_id": begun.bundle_id, **begun.effort} if begun else None,
+        "sources": {
+            **(begun.provenance.get("sources", {}) if begun else {}),
+            **_sources(params, folder),
+        },
         "fingerprint": job.fingerprint,
         "mlflow_run_id": summary["run_id"],
-        "training": {k: summary[k] for k in ("steps", "samples", "seconds", "losses")},
+        "training": {**figures, "patches": split["patches"], "places": split["places"]},
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest = Manifest(model.config, params.prepare.gsd_m, job.statistics, provenance)
-    saved = save_bundle(folder / "models" / "bundle", model, manifest)
+    saved = save_bundle(folder / _BUNDLE, model, manifest)
     (job.run / _FINISHED).touch()
     shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
     shutil.rmtree(job.run / "ray", ignore_errors=True)
@@ -82,33 +103,80 @@ def train_bundle(params: Params, folder: Path) -> dict[str, Any]:
 
 
 def make_job(params: Params, folder: Path) -> Job:
-    """The training that a pipeline folder asks for."""
+    """The training that a pipeline folder, given by its absolute path, asks for.
+
+    Raises:
+        ConfigError: `train.start` names no bundle that these parameters can go on from.
+        BundleError: that bundle is not there, or damaged.
+    """
+    start = _start_folder(params.train.start, folder)
+    begun = load_manifest(start) if start else None
+    if start and begun:
+        size = params.model.chosen.model_dump()
+        check_start(begun, start, params.selected, size, params.train.add)
     data = folder / "data"
     store = PatchStore(data / "patches")
     splits = load_split(data / "splits.parquet", store.patch_ids)
+    measured = _read_statistics(folder)
+    statistics: Mapping[str, Any] = measured
+    seen = measured["sets"]
     files = [data / "patches" / INDEX, data / "splits.parquet", data / "stats.json"]
-    fingerprint = _fingerprint(params, files)
+    fingerprint = _fingerprint(params, files, begun.bundle_id if begun else None)
+    positions, modalities = splits[TRAIN], params.selected
+    if begun:
+        modalities, statistics = begun.modalities, begun.statistics
+    if begun and (add := params.train.add):
+        modalities = (*modalities, next(m for m in params.selected if m.name == add))
+        statistics = join_statistics(statistics, measured, add)
+        # It learns from where it is beside something that the scene is known by.
+        positions = [i for i in positions if add in (has := store.described(i)) and len(has) > 1]
+    elif begun:
+        seen = merge_sets(begun.model["seen_sets"], seen)
     return Job(
         run=_run_folder(folder / "models" / "runs", fingerprint[:12]),
         fingerprint=fingerprint,
         store=data / "patches",
-        positions=tuple(splits[TRAIN]),
+        positions=tuple(positions),
         shown=_richest(store, splits[VALIDATION], _SHOWN),
-        statistics=json.loads((data / "stats.json").read_bytes()),
-        modalities=params.selected,
+        start=start,
+        add=params.train.add,
+        statistics=statistics,
+        seen_sets=seen,
+        modalities=modalities,
         size=params.model.chosen,
         patch_px=params.prepare.patch_px,
         config=params.train,
     )
 
 
-def _fingerprint(params: Params, files: list[Path]) -> str:
+def _start_folder(start: str, folder: Path) -> Path | None:
+    """Where the bundle lies that a training begins with; None for random weights."""
+    if start == "scratch":
+        return None
+    path = PRETRAINED if start == NAME else folder / start
+    if path.resolve() == (folder / _BUNDLE).resolve():
+        raise ConfigError(
+            "train.start is the bundle that this training replaces",
+            got=start,
+            remedy="copy it elsewhere, and name the copy",
+        )
+    return path
+
+
+def _read_statistics(folder: Path) -> dict[str, Any]:
+    """Of the training split, as the stage stats wrote them."""
+    read: dict[str, Any] = json.loads((folder / "data" / "stats.json").read_bytes())
+    return read
+
+
+def _fingerprint(params: Params, files: list[Path], start_id: str | None) -> str:
     package = Path(__file__).parents[1]
     code = [f for part in _CODE for f in sorted([package / part, *(package / part).rglob("*.py")])]
     chosen = {
         "modalities": [m.to_dict() for m in params.selected],
         "size": params.model.chosen.model_dump(),
         "train": params.train.model_dump(),
+        "start": start_id,
         "patch_px": params.prepare.patch_px,
         # The index holds the SHA-256 of every layer.
         "data": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mm_model.adapters import mlflow_registry as registry
 from mm_model.bundle import Manifest, load_bundle, save_bundle
 from mm_model.codec import Codec
+from mm_model.conditions import Conditions
 from mm_model.config import GateConfig, RegisterConfig
 from mm_model.errors import BundleError, GateError, RegistryError
 from mm_model.geo.grid import Grid
@@ -75,7 +77,8 @@ def at_server(mlflow_server, monkeypatch):
 def statistics() -> dict:
     def band(name: str) -> dict:
         numbers = {"center": 100.0, "scale": 20.0, "transformed_mean": -10, "transformed_std": 2}
-        return {"name": name, **numbers}
+        relief = {"scale": 5.0, "transformed_mean": 0, "transformed_std": 1}
+        return {"name": name, **numbers, "relief": relief}
 
     def record(m) -> dict:
         if m.is_categorical:
@@ -93,7 +96,7 @@ def make_bundle(folder: Path, seed: int) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_bundle(folder, model.eval(), Manifest(model.config, 10.0, statistics()))
+    save_bundle(folder, model.eval(), Manifest(model.config, [10.0], statistics()))
     return folder
 
 
@@ -342,12 +345,14 @@ def test_pyfunc_gives_what_the_generator_gives(at_server, tmp_path):
     table = loaded.input_example.iloc[:0].reindex([0])
     table["sar"] = [sar.astype(float).tolist()]
     options = {"targets": ["map", "dem"], "samples": 2, "seed": 9, "steps": 2}
+    options |= {"date": "2024-01-15", "gsd_m": 30.0}
     answer = loaded.predict(table, params=options)
 
     bundle = load_bundle(registry.fetch_bundle(model, version, tmp_path / "fetched"))
     grid = Grid("", (1, 0, 0, 0, -1, 0), H, W)
     layer = ObservedLayer(sar, np.isfinite(sar).all(0), grid)
-    request = Request({"sar": layer}, ("map", "dem"), samples=2, seed=9, steps=2)
+    known = Conditions(gsd_m=30, date=dt.date(2024, 1, 15))
+    request = Request({"sar": layer}, ("map", "dem"), samples=2, seed=9, steps=2, conditions=known)
     (result,) = Generator(bundle).generate([request])
     assert answer[["row", "sample"]].to_numpy().tolist() == [[0, 0], [0, 1]]
     for name, values in result.values.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 import yaml
 
 from mm_model.adapters.mlflow_reporter import flush_backlog, read_journal
@@ -58,7 +59,8 @@ def prepare(folder: Path, **train: object) -> Path:
     params["prepare"]["synthetic"].update(places=4, patches_per_place=4, complete_share=0.5)
     params["split"]["margin_m"] = 0
     params["model"] = {"size": "least", "sizes": {"least": SIZE}}
-    params["train"].update(batch=4, checkpoint_every=20, precision="fp32", **train)
+    few = {"start": "scratch", "batch": 4, "checkpoint_every": 20, "precision": "fp32"}
+    params["train"].update(few, **train)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     for stage in ("prepare", "split", "stats"):
         finish(start(stage, folder), folder)
@@ -126,6 +128,22 @@ def test_a_killed_worker_and_a_killed_driver_are_survived(tmp_path, away):
     bundle = load_bundle(folder / "models/bundle")
     assert bundle.manifest.bundle_id == summary["bundle_id"]
     assert bundle.manifest.provenance["training"]["steps"] == steps
+
+
+def test_workers_begin_with_a_bundle_that_they_load_themselves(tmp_path, away):
+    folder = prepare(tmp_path, steps=20, workers=0, picture_every=10**6)
+    finish(start("train", folder, **away), folder)
+    (folder / "models/bundle").rename(folder / "older")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["train"].update(start="older", workers=2, steps=2, learning_rate=1e-9)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    finish(start("train", folder, **away), folder)
+    older, newer = (load_bundle(folder / name) for name in ("older", "models/bundle"))
+    assert newer.manifest.provenance["start"]["bundle_id"] == older.manifest.bundle_id
+    assert newer.manifest.effort["steps"] == 22
+    tensors = newer.model.state_dict()
+    for name, tensor in older.model.state_dict().items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_mlflow_may_be_away_and_gets_everything_later(tmp_path, away, monkeypatch):

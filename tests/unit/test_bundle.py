@@ -1,15 +1,19 @@
 """The hand-over from training to serving."""
 
+import hashlib
 import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from mm_model.bundle import MANIFEST, WEIGHTS, Manifest, load_bundle, load_manifest, save_bundle
 from mm_model.codec import Codec
+from mm_model.config import load_params
 from mm_model.errors import BundleError
 from mm_model.modalities import MODALITIES
 from mm_model.nn.model import SceneModel, Size
@@ -28,6 +32,7 @@ def statistics() -> dict:
             "scale": 20.0,
             "transformed_mean": -10.0 + i,
             "transformed_std": 2.0 + i,
+            "relief": {"scale": 5.0, "transformed_mean": 0.1, "transformed_std": 1.5},
         }
 
     return {
@@ -50,7 +55,7 @@ def make_model() -> SceneModel:
 
 
 def make_manifest(model: SceneModel, **provenance) -> Manifest:
-    return Manifest(model.config, 10.0, statistics(), {"source": "synthetic", **provenance})
+    return Manifest(model.config, [10.0, 20.0], statistics(), {"source": "synthetic", **provenance})
 
 
 def scene_of(model: SceneModel) -> torch.Tensor:
@@ -74,16 +79,93 @@ def edit(folder, change) -> None:
 
 def test_a_loaded_model_computes_the_same(bundle_dir):
     model, loaded = make_model(), load_bundle(bundle_dir)
+    torch.testing.assert_close(scene_of(model), scene_of(loaded.model), rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.half())
     assert torch.equal(scene_of(model), scene_of(loaded.model))
     assert loaded.model.config == model.config
     assert loaded.manifest.modalities == SELECTED
     assert loaded.manifest.patch_px == 24
-    assert loaded.manifest.gsd_m == 10.0
+    assert loaded.manifest.gsd_m == [10.0, 20.0]
     assert loaded.manifest.provenance == {"source": "synthetic"}
     for name, buffer in model.codec.named_buffers():
         assert torch.equal(buffer, loaded.model.codec.get_buffer(name))
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+def test_matrices_are_rounded_and_nothing_else_is(bundle_dir):
+    kept = load_bundle(bundle_dir).model.state_dict()
+    model = make_model()
+    matrices = {n for n, p in model.named_parameters() if p.ndim > 1}
+    stored = safetensors.torch.load_file(bundle_dir / WEIGHTS)
+    for name, tensor in model.state_dict().items():
+        assert kept[name].dtype == tensor.dtype
+        if name not in matrices:
+            assert torch.equal(kept[name], tensor), name
+            continue
+        assert stored[name].dtype == torch.float16
+        # Half precision: 11 bits, and steps of 2^-24 below its least normal number.
+        limit = (tensor.abs() * 2**-11).clamp_min(2**-25)
+        assert ((kept[name] - tensor).abs() <= limit).all(), name
+    assert any(not torch.equal(kept[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_loaded_bundle_is_saved_with_the_same_bytes(bundle_dir, tmp_path):
+    loaded = load_bundle(bundle_dir)
+    again = save_bundle(tmp_path / "again", loaded.model, loaded.manifest)
+    assert again == loaded.manifest
+    for name in (WEIGHTS, MANIFEST):
+        assert (tmp_path / "again" / name).read_bytes() == (bundle_dir / name).read_bytes()
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6, float("inf"), float("nan")])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_a_weight_that_does_not_fit_is_named(tmp_path, value, dimensions):
+    model = make_model()
+    fits = dimensions == 1 and abs(value) < float("inf")  # vectors stay single precision
+    name, parameter = next(p for p in model.named_parameters() if p[1].ndim == dimensions)
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    if fits:
+        save_bundle(tmp_path / "b", model, make_manifest(model))
+        return
+    with pytest.raises(BundleError, match=name):
+        save_bundle(tmp_path / "b", model, make_manifest(model))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_in_another_precision_are_refused(bundle_dir):
+    tensors = safetensors.torch.load_file(bundle_dir / WEIGHTS)
+    safetensors.torch.save_file({n: t.float() for n, t in tensors.items()}, bundle_dir / WEIGHTS)
+    digest = hashlib.sha256((bundle_dir / WEIGHTS).read_bytes()).hexdigest()
+    record = load_manifest(bundle_dir).to_dict()
+    parts = [digest, record["model"], record["gsd_m"], record["statistics"]]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    identity = hashlib.sha256(text.encode()).hexdigest()
+    edit(bundle_dir, lambda r: r.update(weights_sha256=digest, bundle_id=identity))
+    with pytest.raises(BundleError, match="mistyped"):
+        load_bundle(bundle_dir)
+
+
+def test_the_size_of_the_project_makes_a_bundle_of_at_most_20_mb(tmp_path):
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    size = Size(**params.model.chosen.model_dump())
+    model = SceneModel(params.selected, size, Codec(params.selected, None), [])
+    save_bundle(tmp_path / "b", model, Manifest(model.config, [10.0, 20.0], {}))
+    assert (tmp_path / "b" / WEIGHTS).stat().st_size <= 20e6
+
+
+def test_the_effort_of_a_chain_adds_up():
+    model = make_model()
+    record = {"steps": 30, "samples": 480, "seconds": 2.5}
+    alone = make_manifest(model, training={**record, "losses": {"loss": 1.0}})
+    later = make_manifest(model, training=record, start={"bundle_id": "a", **alone.effort})
+    assert make_manifest(model).effort == {}
+    assert alone.effort == record
+    assert later.effort == {"steps": 60, "samples": 960, "seconds": 5.0}
 
 
 def test_the_same_content_has_the_same_bytes(tmp_path):
@@ -126,12 +208,13 @@ def test_a_missing_field_is_named(bundle_dir, field):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda r: r.update(format=2), "format"),
+        (lambda r: r.update(format=1), "format"),
+        (lambda r: r.update(format=3), "format"),
         (lambda r: r.update(extra=1), "unknown extra"),
         (lambda r: r["model"].update(extra=1), "unknown extra"),
         (lambda r: r["model"].pop("patch_px"), "lacks patch_px"),
         (lambda r: r["model"].update(patch_px=32), "bundle_id"),
-        (lambda r: r.update(gsd_m=20), "gsd_m"),
+        (lambda r: r.update(gsd_m=[20]), "gsd_m"),
         (lambda r: r["model"]["modalities"][0].update(title="x"), "model"),
         (lambda r: r.update(weights_sha256="0" * 64), "weights_sha256"),
     ],

@@ -30,7 +30,7 @@ def test_the_page_tells_every_key_with_its_value():
     params = dict(leaves(read_yaml(ROOT / "params.yaml")))
     tiny = "model.sizes.tiny."
     wanted = {
-        key.replace(tiny, "model.sizes.<size>."): ", ".join(value)
+        key.replace(tiny, "model.sizes.<size>."): ", ".join(map(str, value))
         if isinstance(value, list)
         else str(value)
         for key, value in params.items()
