@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mm_model import errors
+from mm_model.conditions import NOTHING, Conditions, parse_conditions
 from mm_model.errors import MMError
 from mm_model.modalities import MODALITIES, Modality
 
@@ -24,9 +25,12 @@ DEFAULT_STEPS = 8
 TIFF = "image/tiff"
 PNG = "image/png"
 ZIP = "application/zip"
+JSON = "application/json"
 PROBLEM = "application/problem+json"
 MANIFEST = "manifest.json"
 """Name of the manifest inside a zip answer."""
+SCENE_FILE, VECTOR_FILE = "scene.tif", "vector.json"
+"""Names of what an embedding is written to."""
 
 _PROBLEM_URN = "urn:mm-model:problem:"
 
@@ -113,49 +117,91 @@ def error_classes(base: type[MMError] = MMError) -> Iterator[type[MMError]]:
         yield from error_classes(kind)
 
 
-class Provenance(Record):
-    """Which model made an answer, and from what; in every answer's headers, tags and manifest."""
+class Origin(Record):
+    """Which model made an answer, and from what; in the answer's headers, tags and records."""
 
     model: str = Field(description="registered model's name")
     model_version: str
     run_id: str = Field(description="MLflow run that trained it; empty if there is none")
     observed: tuple[str, ...] = Field(description="modalities that were given")
+    conditions: Conditions = Field(
+        default=NOTHING, description="what was known besides; what the grid tells is in it"
+    )
+
+    HEADERS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "model": "X-Model-Name",
+            "model_version": "X-Model-Version",
+            "run_id": "X-Run-Id",
+            "observed": "X-Observed",
+            "conditions": "X-Conditions",
+        }
+    )
+
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that carry this."""
+        return {header: _text(getattr(self, name)) for name, header in self.HEADERS.items()}
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str]) -> Self:
+        """Read back what `headers` wrote; raises pydantic.ValidationError if it is not whole."""
+        found: dict[str, object] = {n: headers.get(header) for n, header in cls.HEADERS.items()}
+        for name in {"observed", "targets"} & found.keys():
+            found[name] = tuple(_items(found[name]))
+        known = (item.partition("=")[::2] for item in _items(found["conditions"]))
+        return cls.model_validate({**found, "conditions": parse_conditions(dict(known))})
+
+    def tags(self) -> dict[str, str]:
+        """The tags that a GeoTIFF carries."""
+        return {f"MM_{name.upper()}": _text(getattr(self, name)) for name in self.HEADERS}
+
+
+class Provenance(Origin):
+    """Origin of what was generated."""
+
     targets: tuple[str, ...] = Field(description="modalities that were generated")
     samples: int
     seed: int
     steps: int
 
-    def headers(self) -> dict[str, str]:
-        """The HTTP headers that carry this."""
-        return {header: _text(getattr(self, name)) for name, header in _HEADERS.items()}
-
-    @classmethod
-    def from_headers(cls, headers: Mapping[str, str]) -> Provenance:
-        """Read back what `headers` wrote; raises pydantic.ValidationError if it is not whole."""
-        found = {name: headers.get(header) for name, header in _HEADERS.items()}
-        for name in ("observed", "targets"):
-            found[name] = tuple(filter(None, (found[name] or "").split(",")))  # type: ignore[assignment]
-        return cls.model_validate(found)
-
-    def tags(self) -> dict[str, str]:
-        """The tags that a GeoTIFF carries."""
-        return {f"MM_{name.upper()}": _text(getattr(self, name)) for name in _HEADERS}
+    HEADERS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **Origin.HEADERS,
+            "targets": "X-Targets",
+            "samples": "X-Samples",
+            "seed": "X-Seed",
+            "steps": "X-Steps",
+        }
+    )
 
 
-_HEADERS = {
-    "model": "X-Model-Name",
-    "model_version": "X-Model-Version",
-    "run_id": "X-Run-Id",
-    "observed": "X-Observed",
-    "targets": "X-Targets",
-    "samples": "X-Samples",
-    "seed": "X-Seed",
-    "steps": "X-Steps",
-}
+class SceneOrigin(Origin):
+    """Origin of an embedding; embeddings of one bundle can be compared, and no others."""
+
+    bundle_id: str
+
+    HEADERS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {**Origin.HEADERS, "bundle_id": "X-Bundle-Id"}
+    )
+
+
+class SceneVector(SceneOrigin):
+    """vector.json: a scene as one vector."""
+
+    vector: tuple[float, ...] = Field(
+        description="mean, then standard deviation, of each channel of the scene over its cells "
+        "where anything is observed"
+    )
 
 
 def _text(value: object) -> str:
+    if isinstance(value, Conditions):
+        return ",".join(f"{name}={text}" for name, text in value.texts().items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _items(text: object) -> Iterator[str]:
+    return filter(None, str(text or "").split(","))
 
 
 class ManifestFile(Record):

@@ -19,6 +19,8 @@ from mm_model.api import (
     DEFAULT_STEPS,
     MANIFEST,
     PNG,
+    SCENE_FILE,
+    VECTOR_FILE,
     ZIP,
     Health,
     Manifest,
@@ -27,12 +29,16 @@ from mm_model.api import (
     ModelInfo,
     Problem,
     Provenance,
+    SceneVector,
     error_of,
 )
+from mm_model.conditions import NOTHING, Conditions
 from mm_model.errors import DeadlineError, MMError, NotReadyError, ServiceError
 
 _CONNECT_S = 10.0
 _PAUSE_S = 0.5
+
+_Part = tuple[str, tuple[str | None, bytes]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,24 @@ class Generated:
 
     def save(self, folder: Path) -> list[Path]:
         """Write the files below a folder, which is made; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, content in self.files.items():
-            path = folder / Path(name).name  # a name from elsewhere stays in the folder
-            path.write_bytes(content)
-            paths.append(path)
-        return paths
+        return _save(self.files, folder)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A scene as a representation.
+
+    Attributes:
+        files: scene.tif, a band a channel, and vector.json.
+        vector: what vector.json holds.
+    """
+
+    files: Mapping[str, bytes]
+    vector: SceneVector
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files below a folder, which is made; returns their paths."""
+        return _save(self.files, folder)
 
 
 class Client:
@@ -102,6 +119,7 @@ class Client:
         width: int | None = None,
         crs: str | None = None,
         transform: Sequence[float] | None = None,
+        conditions: Conditions = NOTHING,
         picture: bool = False,
     ) -> Generated:
         """Generate targets (all that are not observed, if none is named).
@@ -111,11 +129,12 @@ class Client:
             targets: modalities to generate.
             samples: number of draws.
             seed: from which every draw follows.
-            steps: sampling steps.
+            steps: sampling steps; 1 gives the best single estimate, E[target | observed].
             height: of what is generated, in pixels, if nothing is observed.
             width: the same.
             crs: EPSG:<code> or WKT of what is generated, if nothing is observed.
             transform: (a, b, c, d, e, f) of `mm_model.geo.grid.Grid`; goes with `crs`.
+            conditions: what is known besides; what the grid tells need not be said.
             picture: a PNG rather than GeoTIFFs.
 
         Raises:
@@ -131,21 +150,31 @@ class Client:
             "width": width,
             "crs": crs,
             "transform": None if transform is None else ",".join(map(repr, transform)),
+            **conditions.texts(),
         }
-        # Fields without a file name, so that a form without any file is multipart too.
-        parts: list[tuple[str, tuple[str | None, bytes]]] = [
-            (name, (None, str(value).encode()))
-            for name, value in fields.items()
-            if value is not None
-        ]
-        parts += [("target", (None, target.encode())) for target in targets]
-        for name, file in observed.items():
-            content = file if isinstance(file, bytes) else file.read_bytes()
-            parts.append((name, (f"{name}.tif", content)))
+        parts = _form(observed, [*fields.items(), *(("target", target) for target in targets)])
         headers = {"Accept": PNG} if picture else {}
         response = self._call("POST", "/v1/generate", files=parts, headers=headers)
         with self._understood():
             return _generated(response)
+
+    def embed(
+        self, observed: Mapping[str, Path | bytes], *, conditions: Conditions = NOTHING
+    ) -> Embedded:
+        """The expected scene of what is observed.
+
+        Args:
+            observed: modality → GeoTIFF; one or more.
+            conditions: what is known besides; what the grid tells need not be said.
+
+        Raises:
+            MMError: of the classes that `generate` raises.
+        """
+        parts = _form(observed, list(conditions.texts().items()))
+        response = self._call("POST", "/v1/embed", files=parts, headers={"Accept": ZIP})
+        with self._understood(), zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            files = {name: archive.read(name) for name in (SCENE_FILE, VECTOR_FILE)}
+            return Embedded(files, SceneVector.model_validate_json(files[VECTOR_FILE]))
 
     def model(self) -> ModelInfo:
         """Which version serves, what was refused, and the limits."""
@@ -195,7 +224,7 @@ class Client:
         method: str,
         path: str,
         *,
-        files: list[tuple[str, tuple[str | None, bytes]]] | None = None,
+        files: list[_Part] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """The response if it is one of success; else the error that it tells of."""
@@ -227,6 +256,28 @@ class Client:
             raise ServiceError(
                 f"{self._url} answers, but not as this endpoint does", got=str(error)[:200]
             ) from error
+
+
+def _form(files: Mapping[str, Path | bytes], fields: Sequence[tuple[str, object]]) -> list[_Part]:
+    """The parts of a form; fields that are None are left out."""
+    # Fields without a file name, so that a form without any file is multipart too.
+    parts: list[_Part] = [
+        (name, (None, str(value).encode())) for name, value in fields if value is not None
+    ]
+    for name, file in files.items():
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        parts.append((name, (f"{name}.tif", content)))
+    return parts
+
+
+def _save(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, content in files.items():
+        path = folder / Path(name).name  # a name from elsewhere stays in the folder
+        path.write_bytes(content)
+        paths.append(path)
+    return paths
 
 
 def _generated(response: httpx.Response) -> Generated:

@@ -21,6 +21,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from mm_model.bundle import load_bundle
+from mm_model.conditions import RANGES, parse_conditions
 from mm_model.errors import LayerError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -56,6 +57,7 @@ class SceneGenerator(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             if isinstance(cell, list | np.ndarray)
         }
         blank = None if observed else _grid(self._side, self._side)
+        known = {n: str(options[n]) for n in _CONDITIONS if options[n] is not None}
         return Request(
             observed=observed,
             targets=tuple(options["targets"]),
@@ -63,10 +65,15 @@ class SceneGenerator(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             seed=int(options["seed"]),
             steps=int(options["steps"]),
             grid=blank,
+            conditions=parse_conditions(known),
         )
 
 
-_DEFAULTS: Mapping[str, Any] = {"targets": [], "samples": 1, "seed": 0, "steps": 8}
+# What is known besides: a table tells neither place nor resolution, so that nothing is by default.
+_CONDITIONS = {"date": DataType.string, **dict.fromkeys(RANGES, DataType.double)}
+_DEFAULTS: Mapping[str, Any] = {
+    "targets": [], "samples": 1, "seed": 0, "steps": 8, **dict.fromkeys(_CONDITIONS),
+}  # fmt: skip
 
 
 def signature(modalities: Iterable[Modality]) -> ModelSignature:
@@ -76,6 +83,7 @@ def signature(modalities: Iterable[Modality]) -> ModelSignature:
     params = [
         ParamSpec("targets", DataType.string, [], shape=(-1,)),
         *(ParamSpec(k, DataType.long, _DEFAULTS[k]) for k in ("samples", "seed", "steps")),
+        *(ParamSpec(name, kind, None) for name, kind in _CONDITIONS.items()),
     ]
     return ModelSignature(Schema(columns), Schema(numbers + columns), ParamSchema(params))
 

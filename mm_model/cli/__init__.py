@@ -184,12 +184,18 @@ def stats(pipeline: PipelineOption = HERE) -> None:
 
 
 @app.command(rich_help_panel=STAGES)
-def train(pipeline: PipelineOption = HERE) -> None:
+def train(
+    add: Annotated[
+        str | None,
+        typer.Option(help="Modality that joins the bundle at train.start; all else in it stays."),
+    ] = None,
+    pipeline: PipelineOption = HERE,
+) -> None:
     """Train the scene model on Ray; resumes from the last checkpoint of the same run."""
     _enter(pipeline)
     from mm_model.stages import train as stage
 
-    stage.main()
+    stage.main(add)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -233,6 +239,34 @@ def rollback(pipeline: PipelineOption = HERE) -> None:
 
 # --------------------------------------------------------------------------------------- images
 
+BundleOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--bundle", help="Bundle folder.", show_default="models/bundle, else the pretrained one"
+    ),
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option("--endpoint", help="Ask this endpoint (http://host:port) instead of a bundle."),
+]
+DateOption = Annotated[
+    str | None, typer.Option("--date", help="YYYY-MM-DD: season and, with a latitude, sun.")
+]
+SunElevationOption = Annotated[
+    float | None, typer.Option("--sun-elevation", help="Degrees above the horizon.")
+]
+SunAzimuthOption = Annotated[
+    float | None, typer.Option("--sun-azimuth", help="Degrees clockwise from north.")
+]
+LatitudeOption = Annotated[
+    float | None,
+    typer.Option("--latitude", help="Degrees, north positive.", show_default="the grid's"),
+]
+GsdOption = Annotated[
+    float | None,
+    typer.Option("--gsd", help="Metres a pixel on the ground.", show_default="the grid's"),
+]
+
 
 @app.command(rich_help_panel=IMAGES)
 def generate(
@@ -250,14 +284,16 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
-    bundle: Annotated[
-        Path | None, typer.Option(help="Bundle folder.", show_default="models/bundle")
-    ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="Ask this endpoint (http://host:port) instead of a bundle.")
-    ] = None,
+    bundle: BundleOption = None,
+    endpoint: EndpointOption = None,
+    date: DateOption = None,
+    sun_elevation: SunElevationOption = None,
+    sun_azimuth: SunAzimuthOption = None,
+    latitude: LatitudeOption = None,
+    gsd: GsdOption = None,
 ) -> None:
     """GeoTIFFs of any modality from GeoTIFFs of any others."""
+    from mm_model.cli.images import conditions_of
     from mm_model.cli.images import generate as run
 
     run(
@@ -267,6 +303,32 @@ def generate(
         seed=seed,
         steps=steps,
         size=(height, width),
+        conditions=conditions_of(date, sun_elevation, sun_azimuth, latitude, gsd),
+        out=out,
+        bundle=bundle,
+        endpoint=endpoint,
+    )
+
+
+@app.command(rich_help_panel=IMAGES)
+def embed(
+    observe: Annotated[list[str], typer.Option(help="MODALITY=FILE, repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for scene.tif and vector.json.")] = Path("out"),
+    bundle: BundleOption = None,
+    endpoint: EndpointOption = None,
+    date: DateOption = None,
+    sun_elevation: SunElevationOption = None,
+    sun_azimuth: SunAzimuthOption = None,
+    latitude: LatitudeOption = None,
+    gsd: GsdOption = None,
+) -> None:
+    """The scene of GeoTIFFs as numbers: a map of 8 x 8 pixel cells, and one vector."""
+    from mm_model.cli.images import conditions_of
+    from mm_model.cli.images import embed as run
+
+    run(
+        observe=observe,
+        conditions=conditions_of(date, sun_elevation, sun_azimuth, latitude, gsd),
         out=out,
         bundle=bundle,
         endpoint=endpoint,
@@ -276,7 +338,10 @@ def generate(
 @app.command(rich_help_panel=IMAGES)
 def show(
     what: Annotated[
-        str, typer.Argument(help="A patch id or number, a bundle folder, or GeoTIFFs' folder.")
+        str,
+        typer.Argument(
+            help="A patch id or number, a bundle folder, `pretrained`, or GeoTIFFs' folder."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("show.png"),
     pipeline: PipelineOption = HERE,

@@ -1,20 +1,27 @@
-"""`mm generate` and `mm show`."""
+"""`mm generate`, `mm embed` and `mm show`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mm_model.api import Provenance
-from mm_model.bundle import load_bundle
+from mm_model.api import Provenance, SceneOrigin
+from mm_model.bundle import Bundle, load_bundle
+from mm_model.conditions import Conditions, parse_conditions
 from mm_model.data import raster
 from mm_model.data.store import PatchStore
 from mm_model.errors import ConfigError, DataError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
 from mm_model.pictures import Panel, save_sheet
+from mm_model.pretrained import NAME, PRETRAINED
+
+if TYPE_CHECKING:
+    from mm_model.serving.generator import Generator, ObservedLayer
+    from mm_model.serving.requests import Aligned
 
 _SHOWN_SCENES = 3  # sets that `mm show BUNDLE` generates from nothing
 
@@ -27,6 +34,7 @@ def generate(
     seed: int,
     steps: int,
     size: tuple[int | None, int | None],
+    conditions: Conditions,
     out: Path,
     bundle: Path | None,
     endpoint: str | None,
@@ -34,8 +42,89 @@ def generate(
     """Generate through a bundle or an endpoint; write GeoTIFFs and a picture into `out`.
 
     `observe` holds "modality=file" each; `size` is (height, width) in pixels where nothing is
-    observed.
+    observed. Without bundle and endpoint it is models/bundle here or, if there is none, the
+    pretrained one.
     """
+    files = _observations(observe, bundle, endpoint)
+    if endpoint:
+        from mm_model.client import Client
+
+        with Client(endpoint) as client:
+            answer = client.generate(
+                files, targets=targets, samples=samples, seed=seed, steps=steps,
+                height=size[0], width=size[1], conditions=conditions,
+            )  # fmt: skip
+            written = answer.save(out)
+    else:
+        folder = bundle or _bundle_at_hand()
+        written = _through_bundle(
+            folder, files, targets, samples, seed, steps, size, conditions, out
+        )
+    picture = out / "picture.png"
+    # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
+    seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
+    rows = [seen] if seen else []
+    rows.append([panel_of(path, path.stem) for path in written])
+    save_sheet(picture, rows, f"from {', '.join(files) or 'nothing'}, seed {seed}")
+    _say([*written, picture])
+
+
+def embed(
+    *,
+    observe: Sequence[str],
+    conditions: Conditions,
+    out: Path,
+    bundle: Path | None,
+    endpoint: str | None,
+) -> None:
+    """Write scene.tif and vector.json of what is observed into `out`, as `generate` finds it."""
+    files = _observations(observe, bundle, endpoint)
+    if endpoint:
+        from mm_model.client import Client
+
+        with Client(endpoint) as client:
+            written = client.embed(files, conditions=conditions).save(out)
+    else:
+        written = _embed_through_bundle(bundle or _bundle_at_hand(), files, conditions, out)
+    _say(written)
+
+
+def conditions_of(
+    date: str | None,
+    sun_elevation: float | None,
+    sun_azimuth: float | None,
+    latitude: float | None,
+    gsd: float | None,
+) -> Conditions:
+    """Conditions from a command's options; None is unknown."""
+    given = {
+        "date": date,
+        "sun_elevation_deg": sun_elevation,
+        "sun_azimuth_deg": sun_azimuth,
+        "latitude_deg": latitude,
+        "gsd_m": gsd,
+    }
+    return parse_conditions({name: str(v) for name, v in given.items() if v is not None})
+
+
+def _say(paths: Sequence[Path]) -> None:
+    console = Console(soft_wrap=True)
+    for path in paths:
+        console.print(str(path))
+
+
+def _bundle_at_hand() -> Path:
+    trained = Path("models/bundle")
+    if trained.exists():
+        return trained
+    Console(stderr=True, soft_wrap=True).print(f"no {trained} here: through the {NAME} bundle")
+    return PRETRAINED
+
+
+def _observations(
+    observe: Sequence[str], bundle: Path | None, endpoint: str | None
+) -> dict[str, Path]:
+    """Modality → file, and a check that not both a bundle and an endpoint are named."""
     if bundle and endpoint:
         raise ConfigError("--bundle and --endpoint", remedy="name one of them")
     files: dict[str, Path] = {}
@@ -44,28 +133,7 @@ def generate(
         if name in files:
             raise ConfigError(f"--observe {name} is there twice", remedy="name one file of each")
         files[name] = path
-    if endpoint:
-        from mm_model.client import Client
-
-        with Client(endpoint) as client:
-            answer = client.generate(
-                files, targets=targets, samples=samples, seed=seed, steps=steps,
-                height=size[0], width=size[1],
-            )  # fmt: skip
-            written = answer.save(out)
-    else:
-        written = _through_bundle(
-            bundle or Path("models/bundle"), files, targets, samples, seed, steps, size, out
-        )
-    picture = out / "picture.png"
-    # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
-    seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
-    rows = [seen] if seen else []
-    rows.append([panel_of(path, path.stem) for path in written])
-    save_sheet(picture, rows, f"from {', '.join(files) or 'nothing'}, seed {seed}")
-    console = Console(soft_wrap=True)
-    for path in [*written, picture]:
-        console.print(str(path))
+    return files
 
 
 def _observation(text: str) -> tuple[str, Path]:
@@ -85,39 +153,69 @@ def _through_bundle(
     seed: int,
     steps: int,
     size: tuple[int | None, int | None],
+    conditions: Conditions,
     out: Path,
 ) -> list[Path]:
     from mm_model.serving.answers import write_answer
     from mm_model.serving.generator import Generator, Request
-    from mm_model.serving.uploads import read_layer
 
     loaded = load_bundle(folder)
     generator = Generator(loaded)
     side = loaded.manifest.patch_px
     height, width = size[0] or side, size[1] or side
     request = Request(
-        observed={
-            name: read_layer(path.read_bytes(), generator.modality(name), generator)
-            for name, path in files.items()
-        },
+        observed=_layers(files, generator),
         targets=tuple(targets),
         samples=samples,
         seed=seed,
         steps=steps,
         grid=None if files else Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), height, width),
+        conditions=conditions,
     )
-    (result,) = generator.generate([request])
+    prepared = generator.prepare(request)
+    (result,) = generator.sample([prepared])
     provenance = Provenance(
-        model=str(folder),
-        model_version=loaded.manifest.bundle_id[:12],
-        run_id=str(loaded.manifest.provenance.get("mlflow_run_id") or ""),
-        observed=tuple(files),
+        **_origin(folder, loaded, prepared),
         targets=tuple(result.values),
         samples=samples,
         seed=seed,
         steps=steps,
     )
     return write_answer(result, generator.modalities, provenance, out)
+
+
+def _embed_through_bundle(
+    folder: Path, files: dict[str, Path], conditions: Conditions, out: Path
+) -> list[Path]:
+    from mm_model.serving.answers import write_embedding
+    from mm_model.serving.generator import EmbedRequest, Generator
+
+    loaded = load_bundle(folder)
+    generator = Generator(loaded)
+    request = EmbedRequest(_layers(files, generator), conditions)
+    prepared = generator.prepare_embedding(request)
+    (embedding,) = generator.scenes([prepared])
+    origin = SceneOrigin(**_origin(folder, loaded, prepared), bundle_id=loaded.manifest.bundle_id)
+    return write_embedding(embedding, origin, out)
+
+
+def _layers(files: dict[str, Path], generator: Generator) -> dict[str, ObservedLayer]:
+    from mm_model.serving.uploads import read_layer
+
+    return {
+        name: read_layer(path.read_bytes(), generator.modality(name), generator)
+        for name, path in files.items()
+    }
+
+
+def _origin(folder: Path, loaded: Bundle, prepared: Aligned) -> dict[str, Any]:
+    return {
+        "model": NAME if folder == PRETRAINED else str(folder),
+        "model_version": loaded.manifest.bundle_id[:12],
+        "run_id": str(loaded.manifest.provenance.get("mlflow_run_id") or ""),
+        "observed": tuple(prepared.observed),
+        "conditions": prepared.conditions,
+    }
 
 
 def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
@@ -140,9 +238,10 @@ def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
 
 def show(what: str, out: Path, pipeline: Path) -> None:
     """Draw a patch of the store, what a bundle makes of nothing, or the GeoTIFFs of a folder."""
-    place = Path(what)
-    if (place / "manifest.json").is_file() and (place / "weights.safetensors").is_file():
-        rows, title = _bundle_rows(place), f"{place}: generated from nothing"
+    place = PRETRAINED if what == NAME else Path(what)
+    parts = (place / "manifest.json", place / "weights.safetensors")
+    if what == NAME or all(part.is_file() for part in parts):
+        rows, title = _bundle_rows(place), f"{what}: generated from nothing"
     elif place.is_dir() or place.suffix == ".tif":
         files = [place] if place.is_file() else sorted(place.glob("*.tif"))
         if not files:

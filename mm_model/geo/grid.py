@@ -78,6 +78,15 @@ class Grid:
         sx, sy = self.width / width, self.height / height
         return Grid(self.crs, (a * sx, b * sy, c, d * sx, e * sy, f), height, width)
 
+    def coarser(self, factor: int) -> Grid:
+        """The grid of cells of factor x factor pixels from the same corner.
+
+        The last row and column of cells may reach over the edge.
+        """
+        a, b, c, d, e, f = self.transform
+        transform = (a * factor, b * factor, c, d * factor, e * factor, f)
+        return Grid(self.crs, transform, -(-self.height // factor), -(-self.width // factor))
+
     def subdivide(self, patch_px: int, stride_px: int | None = None) -> Iterator[tuple[int, int]]:
         """Upper-left (row, col) of every whole patch inside, row by row."""
         stride = stride_px or patch_px

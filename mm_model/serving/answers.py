@@ -1,10 +1,10 @@
-"""A result to the bytes of an answer: a GeoTIFF, a zip of GeoTIFFs, or a picture."""
+"""A result to the bytes of an answer: a GeoTIFF, a zip, a picture, or a vector."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mm_model.api import MANIFEST, PNG, TIFF, ZIP, Manifest, ManifestFile, Provenance
+from mm_model.api import (
+    JSON,
+    MANIFEST,
+    PNG,
+    SCENE_FILE,
+    TIFF,
+    VECTOR_FILE,
+    ZIP,
+    Manifest,
+    ManifestFile,
+    Provenance,
+    Record,
+    SceneOrigin,
+    SceneVector,
+)
 from mm_model.data import raster
 from mm_model.modalities import Modality
 from mm_model.pictures import to_rgb
-from mm_model.serving.generator import Result
+from mm_model.serving.requests import Embedding, Result
 
 _GAP_PX = 4
 # The same answer has the same bytes whenever it is made.
@@ -32,10 +46,10 @@ class Answer:
     filename: str
 
 
-def wants_picture(accept: str) -> bool:
-    """Whether an Accept header asks for a PNG rather than for data."""
+def wanted_type(accept: str, offered: Sequence[str]) -> str:
+    """The first of the media types on offer that an Accept header names; the first, if none."""
     wanted = {item.split(";")[0].strip().lower() for item in accept.split(",")}
-    return PNG in wanted and not wanted & {TIFF, ZIP}
+    return next((media_type for media_type in offered if media_type in wanted), offered[0])
 
 
 def answer(
@@ -52,7 +66,16 @@ def answer(
     if len(tiffs) == 1:
         ((file, content),) = tiffs.items()
         return Answer(content, TIFF, file.name)
-    return Answer(_zip(result, tiffs, provenance), ZIP, "generated.zip")
+    return Answer(_zip(_with_manifest(result, tiffs, provenance)), ZIP, "generated.zip")
+
+
+def embedding_answer(embedding: Embedding, origin: SceneOrigin, media_type: str) -> Answer:
+    """The scene as a GeoTIFF, its vector as JSON, or a zip of both."""
+    if media_type == TIFF:
+        return Answer(_scene(embedding, origin), TIFF, SCENE_FILE)
+    if media_type == JSON:
+        return Answer(_vector(embedding, origin), JSON, VECTOR_FILE)
+    return Answer(_zip(_scene_and_vector(embedding, origin)), ZIP, "scene.zip")
 
 
 def geotiffs(
@@ -73,12 +96,39 @@ def write_answer(
     result: Result, modalities: Mapping[str, Modality], provenance: Provenance, folder: Path
 ) -> list[Path]:
     """Write the GeoTIFFs below a folder, which is made; returns their paths."""
+    tiffs = geotiffs(result, modalities, provenance)
+    return _write({file.name: content for file, content in tiffs.items()}, folder)
+
+
+def write_embedding(embedding: Embedding, origin: SceneOrigin, folder: Path) -> list[Path]:
+    """Write scene.tif and vector.json below a folder, which is made; returns their paths."""
+    return _write(_scene_and_vector(embedding, origin), folder)
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for file, content in geotiffs(result, modalities, provenance).items():
-        paths.append(folder / file.name)
-        paths[-1].write_bytes(content)
-    return paths
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def _scene_and_vector(embedding: Embedding, origin: SceneOrigin) -> dict[str, bytes]:
+    return {SCENE_FILE: _scene(embedding, origin), VECTOR_FILE: _vector(embedding, origin)}
+
+
+def _scene(embedding: Embedding, origin: SceneOrigin) -> bytes:
+    """A float32 band a channel, named z00, z01, …; NaN where nothing was observed."""
+    return raster.encode_geotiff(
+        np.where(embedding.valid, embedding.scene, np.float32(np.nan)),
+        embedding.grid,
+        [f"z{k:02}" for k in range(len(embedding.scene))],
+        nodata=np.nan,
+        tags=origin.tags(),
+    )
+
+
+def _vector(embedding: Embedding, origin: SceneOrigin) -> bytes:
+    return _json(SceneVector(**dict(origin), vector=tuple(embedding.vector.tolist())))
 
 
 def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance) -> bytes:
@@ -94,7 +144,9 @@ def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance)
     return content
 
 
-def _zip(result: Result, tiffs: Mapping[ManifestFile, bytes], provenance: Provenance) -> bytes:
+def _with_manifest(
+    result: Result, tiffs: Mapping[ManifestFile, bytes], provenance: Provenance
+) -> dict[str, bytes]:
     manifest = Manifest(
         provenance=provenance,
         crs=result.grid.crs,
@@ -103,14 +155,19 @@ def _zip(result: Result, tiffs: Mapping[ManifestFile, bytes], provenance: Proven
         width=result.grid.width,
         files=tuple(tiffs),
     )
+    return {MANIFEST: _json(manifest), **{file.name: c for file, c in tiffs.items()}}
+
+
+def _zip(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:  # stored: the GeoTIFFs are compressed already
-        archive.writestr(
-            zipfile.ZipInfo(MANIFEST, _ZIP_DATE), manifest.model_dump_json(indent=2) + "\n"
-        )
-        for file, content in tiffs.items():
-            archive.writestr(zipfile.ZipInfo(file.name, _ZIP_DATE), content)
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
     return buffer.getvalue()
+
+
+def _json(record: Record) -> bytes:
+    return (record.model_dump_json(indent=2) + "\n").encode()
 
 
 def _picture(result: Result, modalities: Mapping[str, Modality]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException
 
 import mm_model
 from mm_model.api import (
-    MAX_STEPS,
-    MIN_SIDE_PX,
+    JSON,
     PNG,
     PROBLEM,
     RETRY_AFTER_S,
@@ -26,8 +25,10 @@ from mm_model.api import (
     ModalityInfo,
     ModalityList,
     ModelInfo,
+    Origin,
     Problem,
     Provenance,
+    SceneOrigin,
     http_problem,
     max_body_bytes,
     problem_of,
@@ -41,30 +42,14 @@ from mm_model.errors import (
     OverloadedError,
     TooLargeError,
 )
-from mm_model.modalities import MODALITIES
-from mm_model.serving import metrics, page
-from mm_model.serving.answers import Answer, answer, wants_picture
+from mm_model.serving import metrics, openapi, page
+from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
-from mm_model.serving.generator import MAX_SEED, Prepared
-from mm_model.serving.uploads import FIELDS, Part, read_request
+from mm_model.serving.requests import Aligned, Prepared
+from mm_model.serving.uploads import Part, read_embed_request, read_request
 
-_DESCRIPTION = """
-Any Earth-observation modality from any others: send what was observed as GeoTIFFs, name what you \
-want, get GeoTIFFs on the same grid.
+_Answering = Callable[[Request, Served], Awaitable[Response]]
 
-    curl -F sar=@s1.tif -F target=map -F seed=7 -o map.tif URL/v1/generate
-
-Errors are RFC 9457 problems that say what was got, what is allowed and what to do.
-"""
-_GENERATE = """
-Each part that is named as a modality holds a GeoTIFF of it, in its own grid, reference system and \
-resolution; the answer lies on the grid of the finest one. Where nothing is observed, `width` and \
-`height` (and `crs` with `transform`) say what to generate.
-
-One target and one sample come as a GeoTIFF, more as a zip of GeoTIFFs with a `manifest.json`; \
-`Accept: image/png` gets a picture. The headers `X-Model-Name`, `X-Model-Version`, `X-Run-Id`, \
-`X-Seed`, `X-Steps`, `X-Samples`, `X-Observed` and `X-Targets` say how it was made.
-"""
 # What a text field of a form may hold at most; a long WKT has some 10 kB.
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_PARTS = 64
@@ -75,21 +60,18 @@ def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
     app = FastAPI(
         title="mm-model",
         version=mm_model.__version__,
-        description=_DESCRIPTION.strip(),
+        description=openapi.DESCRIPTION,
         docs_url=None,  # FastAPI's page loads its scripts from elsewhere
         redoc_url=None,
     )
     endpoint = _Endpoint(source, config)
-    not_ready = _problems(503)
-    app.post(
-        "/v1/generate",
-        summary="Generate modalities",
-        description=_GENERATE.strip(),
-        operation_id="generate",
-        response_class=Response,
-        responses=_generate_responses(),
-        openapi_extra={"requestBody": _request_body(config)},
-    )(endpoint.generate)
+    not_ready = openapi.problems(503)
+    app.post("/v1/generate", response_class=Response, **openapi.generate_operation(config))(
+        endpoint.generate
+    )
+    app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
+        endpoint.embed
+    )
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -138,9 +120,15 @@ class _Endpoint:
         )
 
     async def generate(self, request: Request) -> Response:
+        return await self._count("generate", request, self._generate)
+
+    async def embed(self, request: Request) -> Response:
+        return await self._count("embed", request, self._embed)
+
+    async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
         began, status = time.perf_counter(), 500
         try:
-            response = await self._generate(request)
+            response = await self._admit(request, answering)
             status = response.status_code
             return response
         except MMError as error:
@@ -153,11 +141,11 @@ class _Endpoint:
             status = 499  # the caller left; nginx's number for it
             raise
         finally:
-            self._metrics.requests.labels(status).inc()
-            self._metrics.seconds.observe(time.perf_counter() - began)
+            self._metrics.requests.labels(operation, status).inc()
+            self._metrics.seconds.labels(operation).observe(time.perf_counter() - began)
 
-    async def _generate(self, request: Request) -> Response:
-        """Admit, read, sample and answer, all within the deadline."""
+    async def _admit(self, request: Request, answering: _Answering) -> Response:
+        """Answer if there is room, all within the deadline."""
         served = self._served()
         if self._in_progress >= self._limits.max_queued:
             raise OverloadedError(
@@ -170,7 +158,7 @@ class _Endpoint:
         self._metrics.in_progress.inc()
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                return await self._answer(request, served)
+                return await answering(request, served)
         except TimeoutError:
             raise DeadlineError(
                 "the answer took too long",
@@ -181,36 +169,38 @@ class _Endpoint:
             self._in_progress -= 1
             self._metrics.in_progress.dec()
 
-    async def _answer(self, request: Request, served: Served) -> Response:
+    async def _generate(self, request: Request, served: Served) -> Response:
         parts = await _read_parts(request, self._limits.max_body_bytes)
         prepared = await asyncio.to_thread(_prepare, parts, served)
         del parts
-        result = await self._batcher.submit(served.generator, prepared)
+        result = await self._batcher.submit(served.generator.sample, prepared)
         provenance = Provenance(
-            model=served.identity.name,
-            model_version=served.identity.version,
-            run_id=served.identity.run_id,
-            observed=tuple(prepared.observed),
+            **_origin(served, prepared),
             targets=prepared.targets,
             samples=prepared.samples,
             seed=prepared.seed,
             steps=prepared.steps,
         )
-        made: Answer = await asyncio.to_thread(
+        made = await asyncio.to_thread(
             answer,
             result,
             served.generator.modalities,
             provenance,
-            picture=wants_picture(request.headers.get("accept", "")),
+            picture=_wanted(request, TIFF, ZIP, PNG) == PNG,
         )
-        return Response(
-            made.content,
-            media_type=made.media_type,
-            headers={
-                **provenance.headers(),
-                "Content-Disposition": f'attachment; filename="{made.filename}"',
-            },
+        return _response(made, provenance)
+
+    async def _embed(self, request: Request, served: Served) -> Response:
+        parts = await _read_parts(request, self._limits.max_body_bytes)
+        prepared = await asyncio.to_thread(_prepare_embedding, parts, served)
+        del parts
+        embedding = await self._batcher.submit(served.generator.scenes, prepared)
+        origin = SceneOrigin(
+            **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
         )
+        media_type = _wanted(request, TIFF, JSON, ZIP)
+        made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
+        return _response(made, origin)
 
     async def model(self) -> ModelInfo:
         served = self._source.served
@@ -248,6 +238,33 @@ class _Endpoint:
 
 def _prepare(parts: list[Part], served: Served) -> Prepared:
     return served.generator.prepare(read_request(parts, served.generator))
+
+
+def _prepare_embedding(parts: list[Part], served: Served) -> Aligned:
+    return served.generator.prepare_embedding(read_embed_request(parts, served.generator))
+
+
+def _origin(served: Served, prepared: Aligned) -> dict[str, Any]:
+    return {
+        "model": served.identity.name,
+        "model_version": served.identity.version,
+        "run_id": served.identity.run_id,
+        "observed": tuple(prepared.observed),
+        "conditions": prepared.conditions,
+    }
+
+
+def _wanted(request: Request, *offered: str) -> str:
+    return wanted_type(request.headers.get("accept", ""), offered)
+
+
+def _response(made: Answer, origin: Origin) -> Response:
+    disposition = f'attachment; filename="{made.filename}"'
+    return Response(
+        made.content,
+        media_type=made.media_type,
+        headers={**origin.headers(), "Content-Disposition": disposition},
+    )
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[Part]:
@@ -320,64 +337,3 @@ def _problem_response(problem: Problem) -> Response:
         media_type=PROBLEM,
         headers={"Retry-After": str(retry)} if retry else None,
     )
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    meaning = {
-        400: "The form is malformed",
-        413: "An upload, an image side or the body is over its limit",
-        415: "The body is no form, or a part is no whole GeoTIFF",
-        422: "A field, a layer or its unit is wrong, or layers do not overlap",
-        429: "Too many requests are in progress; try again after Retry-After seconds",
-        503: "No model is loaded yet; try again after Retry-After seconds",
-        504: "The answer took longer than the deadline",
-    }
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        status: {
-            "description": meaning[status],
-            "model": Problem,
-            "content": {PROBLEM: {"schema": schema}},
-        }
-        for status in statuses
-    }
-
-
-def _generate_responses() -> dict[int | str, dict[str, Any]]:
-    return {
-        200: {
-            "description": "What was generated",
-            "content": {media: {"schema": {}} for media in (TIFF, ZIP, PNG)},
-        },
-        **_problems(400, 413, 415, 422, 429, 503, 504),
-    }
-
-
-def _request_body(config: ServeConfig) -> dict[str, Any]:
-    """The form: a file for each declared modality, and the fields."""
-    side = {"minimum": MIN_SIDE_PX, "maximum": config.max_side_px}
-    numbers = {
-        "samples": {"minimum": 1, "maximum": config.max_samples, "default": 1},
-        "seed": {"minimum": 0, "maximum": MAX_SEED, "default": 0},
-        "steps": {"minimum": 1, "maximum": MAX_STEPS, "default": 8},
-        "width": side,
-        "height": side,
-    }
-    properties: dict[str, Any] = {
-        modality.name: {
-            "type": "string",
-            "contentMediaType": TIFF,
-            "description": f"GeoTIFF: {modality.title}; bands {', '.join(modality.band_names)} "
-            f"in {modality.unit}, {modality.valid_range[0]:g} to {modality.valid_range[1]:g}",
-        }
-        for modality in MODALITIES.values()
-    }
-    for name, meaning in FIELDS.items():
-        kind: dict[str, Any] = {"type": "integer", **numbers.get(name, {})}
-        if name not in numbers:
-            kind = {"type": "string"}
-        if name == "target":
-            kind = {"type": "array", "items": {"type": "string", "enum": list(MODALITIES)}}
-        properties[name] = {**kind, "description": meaning}
-    schema = {"type": "object", "additionalProperties": False, "properties": properties}
-    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from mm_model.api import ModelIdentity, Refusal
-from mm_model.serving.generator import Generator, Prepared, Result
+from mm_model.serving.generator import Check, Generator
+from mm_model.serving.requests import Aligned
+
+A = TypeVar("A", bound=Aligned)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,18 @@ class FixedModel:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    generator: Generator
-    request: Prepared
-    answer: asyncio.Future[Result]
+    work: Callable[[Sequence[Any], Check], Sequence[Any]]
+    request: Aligned
+    answer: asyncio.Future[Any]
 
     @property
     def key(self) -> tuple[object, ...]:
-        return id(self.generator), self.request.batch_key
+        # Methods are equal if they are the same of the same generator.
+        return self.work, self.request.batch_key
 
 
 class Batcher:
-    """Samples what waits, one batch at a time; used from one event loop.
+    """Works off what waits, one batch at a time; used from one event loop.
 
     Args:
         max_batch: most requests of a batch.
@@ -82,13 +87,19 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
-    async def submit(self, generator: Generator, request: Prepared) -> Result:
-        """The request's result; cancelling this call takes it out of the queue."""
-        item = _Waiting(generator, request, asyncio.get_running_loop().create_future())
-        self._waiting.append(item)
+    async def submit(self, work: Callable[[Sequence[A], Check], Sequence[T]], request: A) -> T:
+        """The request's result; cancelling this call takes it out of the queue.
+
+        Args:
+            work: a generator's method, which answers a batch of such requests; it calls what it
+                gets as second argument now and then, and lets pass what that raises.
+            request: waits for companions with the same `work` and `batch_key`.
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(work, request, answer))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await item.answer
+        return await answer
 
     async def _work(self) -> None:
         while self._waiting:
@@ -99,7 +110,7 @@ class Batcher:
                 continue
             self._on_batch(len(batch))
             try:
-                results = await asyncio.to_thread(_sample, batch)
+                results = await asyncio.to_thread(_answer, batch)
             except Exception as error:  # whatever it is, it is the callers' to know
                 for item in batch:
                     if not item.answer.done():
@@ -117,14 +128,14 @@ class Batcher:
         return batch
 
 
-def _sample(batch: list[_Waiting]) -> list[Result]:
+def _answer(batch: list[_Waiting]) -> Sequence[Any]:
     """Runs in a thread; gives up between two steps once every caller has left."""
 
     def check() -> None:
         if all(item.answer.done() for item in batch):
             raise _AllLeftError
 
-    return batch[0].generator.sample([item.request for item in batch], check)
+    return batch[0].work([item.request for item in batch], check)
 
 
 class _AllLeftError(Exception):

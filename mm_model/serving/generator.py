@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mm_model.api import DEFAULT_STEPS, MAX_STEPS, MIN_SIDE_PX
+from mm_model.api import MAX_STEPS, MIN_SIDE_PX
 from mm_model.bundle import Bundle
+from mm_model.conditions import Conditions, stack_features
+from mm_model.data.circumstances import complete
 from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
-from mm_model.generative.sampler import sample
+from mm_model.generative.sampler import mean_scene, sample
+from mm_model.generative.windows import STRIDE
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.scene import Scene
@@ -27,70 +31,31 @@ from mm_model.serving.layers import (
     onto,
     reference_grid,
 )
+from mm_model.serving.requests import (
+    Aligned,
+    Embedding,
+    EmbedRequest,
+    Prepared,
+    Request,
+    Result,
+)
 
-__all__ = ["Generator", "ObservedLayer", "Prepared", "Request", "Result", "sample_seeds"]
+__all__ = [
+    "EmbedRequest",
+    "Embedding",
+    "Generator",
+    "ObservedLayer",
+    "Prepared",
+    "Request",
+    "Result",
+    "sample_seeds",
+]
 
 MAX_SEED = 2**63 - 1
 
-
-@dataclass(frozen=True)
-class Request:
-    """What is observed, and what is wanted.
-
-    Attributes:
-        observed: modality name → layer; may be empty.
-        targets: modalities to generate, jointly; none of the observed. Empty means all that were
-            not observed.
-        samples: how many draws; draw k depends on (seed, k), not on how many there are.
-        seed: 0 to 2^63 - 1.
-        steps: sampling steps; 1 gives the posterior mean.
-        grid: where to generate if nothing is observed; None otherwise.
-    """
-
-    observed: Mapping[str, ObservedLayer] = field(default_factory=dict)
-    targets: tuple[str, ...] = ()
-    samples: int = 1
-    seed: int = 0
-    steps: int = DEFAULT_STEPS
-    grid: Grid | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A checked request whose layers lie on one grid.
-
-    Attributes:
-        observed: modality name → values [bands, H, W] and valid [H, W], in the model's order.
-        valid: bool [H, W]; false where every observed layer lacks the pixel.
-    """
-
-    grid: Grid
-    observed: Mapping[str, tuple[NDArray[np.generic], NDArray[np.bool_]]]
-    valid: NDArray[np.bool_]
-    targets: tuple[str, ...]
-    samples: int
-    seed: int
-    steps: int
-
-    @property
-    def batch_key(self) -> tuple[object, ...]:
-        """Requests with equal keys may share a batch."""
-        return self.grid.shape, self.steps
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was generated.
-
-    Attributes:
-        grid: the reference grid, its CRS and transform unchanged.
-        values: target name → [samples, bands, H, W] in physical units, or class codes.
-        valid: bool [H, W]; false where every observed layer lacks the pixel.
-    """
-
-    grid: Grid
-    values: Mapping[str, NDArray[np.generic]]
-    valid: NDArray[np.bool_]
+Check = Callable[[], None]
+A = TypeVar("A", bound=Aligned)
+T = TypeVar("T")
 
 
 def sample_seeds(seed: int, samples: int) -> list[int]:
@@ -139,41 +104,37 @@ class Generator:
             seed=request.seed,
             steps=request.steps,
         )
-        # The model's order, not the caller's: the order of parts decides nothing.
-        layers = {n: request.observed[n] for n in self.modalities if n in request.observed}
-        for name, layer in layers.items():
-            self.check_side(name, layer.grid)
-            check_layer(self.modalities[name], layer)
-        grid = request.grid or self.check_grids({n: layer.grid for n, layer in layers.items()})
-        observed = {
-            name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
-        }
-        known = [valid for _, valid in observed.values()] or [np.ones(grid.shape, np.bool_)]
+        aligned = self._align(request.observed, request.grid, request.conditions)
         return Prepared(
-            grid=grid,
-            observed=observed,
-            valid=np.logical_or.reduce(known),
+            **vars(aligned),
             targets=wanted,
             samples=request.samples,
             seed=request.seed,
             steps=request.steps,
         )
 
-    def sample(
-        self, requests: Sequence[Prepared], check: Callable[[], None] | None = None
-    ) -> list[Result]:
+    def prepare_embedding(self, request: EmbedRequest) -> Aligned:
+        """Check a request and bring its layers onto one grid.
+
+        Raises:
+            RequestError: what is wrong with it; one of the subclasses where there is one.
+        """
+        self.check_observed(tuple(request.observed))
+        return self._align(request.observed, None, request.conditions)
+
+    def sample(self, requests: Sequence[Prepared], check: Check | None = None) -> list[Result]:
         """Answer checked requests; those with equal `batch_key` share batches.
 
         `check` is called between steps and may raise, to give up.
         """
-        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            groups[request.batch_key].append(index)
-        results: dict[int, Result] = {}
-        for indices in groups.values():
-            group = [requests[i] for i in indices]
-            results.update(zip(indices, self._sample_group(group, check), strict=True))
-        return [results[i] for i in range(len(requests))]
+        return _by_key(requests, lambda group: self._sample_group(group, check))
+
+    def scenes(self, requests: Sequence[Aligned], check: Check | None = None) -> list[Embedding]:
+        """Embed checked requests; those with equal `batch_key` share batches.
+
+        `check` is called between batches and may raise, to give up.
+        """
+        return _by_key(requests, lambda group: self._embed_group(group, check))
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Answer each request, in order; none depends on the others.
@@ -182,6 +143,14 @@ class Generator:
             RequestError: a request is wrong (one of its subclasses says in which way).
         """
         return self.sample([self.prepare(request) for request in requests])
+
+    def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]:
+        """The expected scene of each request, in order; none depends on the others.
+
+        Raises:
+            RequestError: a request is wrong (one of its subclasses says in which way).
+        """
+        return self.scenes([self.prepare_embedding(request) for request in requests])
 
     def modality(self, name: str) -> Modality:
         """The model's modality of this name; raises UnknownModalityError if it has none."""
@@ -241,6 +210,20 @@ class Generator:
             self._check_scene(grid)
         return self._targets(observed, targets)
 
+    def check_observed(self, observed: Sequence[str]) -> None:
+        """Check what can be said of an `EmbedRequest` by the names of its layers alone.
+
+        Raises:
+            RequestError: there is none.
+            UnknownModalityError: the model does not know one.
+        """
+        for name in observed:
+            self.modality(name)
+        if not observed:
+            raise RequestError(
+                "no layer to embed", allowed="one or more", remedy="send a GeoTIFF of a modality"
+            )
+
     def check_grids(self, grids: Mapping[str, Grid]) -> Grid:
         """The grid of an answer to layers on these grids, in the model's order.
 
@@ -253,6 +236,22 @@ class Generator:
         for name, other in grids.items():
             check_overlap(name, other, grid)
         return grid
+
+    def _align(
+        self, given: Mapping[str, ObservedLayer], grid: Grid | None, conditions: Conditions
+    ) -> Aligned:
+        """Check layers and bring them onto one grid: the given one, or the finest layer's."""
+        # The model's order, not the caller's: the order of parts decides nothing.
+        layers = {n: given[n] for n in self.modalities if n in given}
+        for name, layer in layers.items():
+            self.check_side(name, layer.grid)
+            check_layer(self.modalities[name], layer)
+        grid = grid or self.check_grids({n: layer.grid for n, layer in layers.items()})
+        observed = {
+            name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
+        }
+        known = [valid for _, valid in observed.values()] or [np.ones(grid.shape, np.bool_)]
+        return Aligned(grid, observed, np.logical_or.reduce(known), complete(conditions, grid))
 
     def _check_scene(self, grid: Grid) -> None:
         self.check_side("grid", grid)
@@ -284,18 +283,19 @@ class Generator:
             )
         return tuple(name for name in self.modalities if name in wanted)
 
-    def _sample_group(
-        self, group: Sequence[Prepared], check: Callable[[], None] | None
-    ) -> list[Result]:
+    def _batch_size(self, grid: Grid) -> int:
+        """How many scenes of a shape are computed at once."""
+        room = self.max_batch * self.manifest.patch_px**2 // (grid.height * grid.width)
+        return max(1, min(self.max_batch, room))
+
+    def _sample_group(self, group: Sequence[Prepared], check: Check | None) -> list[Result]:
         """Answer requests that share shape and steps."""
         items = [
             (request, seed)
             for request in group
             for seed in sample_seeds(request.seed, request.samples)
         ]
-        height, width = group[0].grid.shape
-        room = self.max_batch * self.manifest.patch_px**2 // (height * width)
-        size = max(1, min(self.max_batch, room))
+        size = self._batch_size(group[0].grid)
         drawn = [
             layers
             for start in range(0, len(items), size)
@@ -311,33 +311,74 @@ class Generator:
 
     @torch.inference_mode()
     def _sample_batch(
-        self, items: Sequence[tuple[Prepared, int]], check: Callable[[], None] | None
+        self, items: Sequence[tuple[Prepared, int]], check: Check | None
     ) -> list[dict[str, NDArray[np.generic]]]:
         """A draw of each item's targets: name → [bands, H, W]."""
         requests, seeds = [item[0] for item in items], [item[1] for item in items]
-        scene, codec = self._scene(requests), self._model.codec
-        if scene.values:
-            x, mask = codec.encode(scene.to(self._device))
-        else:
-            x, mask = codec.empty(len(items), *requests[0].grid.shape)
-        targets = [request.targets for request in requests]
-        x = sample(self._model, x, mask, targets, seeds, requests[0].steps, check=check)
-        wanted = [name for name in self.modalities if any(name in names for names in targets)]
-        decoded = {
-            name: value.cpu().numpy().astype(self.modalities[name].dtype, copy=False)
-            for name, value in codec.decode(x, wanted).items()
-        }
-        return [{name: decoded[name][i] for name in names} for i, names in enumerate(targets)]
+        x, mask, known = self._encode(requests)
+        targets, steps = [request.targets for request in requests], requests[0].steps
+        x = sample(self._model, x, mask, targets, seeds, steps, conditions=known, check=check)
+        # One by one: where images do not fill the processor's vectors, those within a batch
+        # straddle them, and round otherwise than alone (elevation of 27 x 45 pixels: by 1e-5 m).
+        return [self._decode(x[i : i + 1], names) for i, names in enumerate(targets)]
 
-    def _scene(self, requests: Sequence[Prepared]) -> Scene:
-        """What a batch observes; a request lacks what others observe by an empty mask."""
-        shape = requests[0].grid.shape
-        values, valid = {}, {}
-        for name, modality in self.modalities.items():
-            if not any(name in request.observed for request in requests):
-                continue
-            nothing = np.zeros((len(modality.bands), *shape), np.float32), np.zeros(shape, np.bool_)
-            layers = [request.observed.get(name, nothing) for request in requests]
-            values[name] = torch.from_numpy(np.stack([v.astype(np.float32) for v, _ in layers]))
-            valid[name] = torch.from_numpy(np.stack([m for _, m in layers])[:, None])
-        return Scene(values, valid)
+    def _decode(self, x: Tensor, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        return {
+            name: value[0].cpu().numpy().astype(self.modalities[name].dtype, copy=False)
+            for name, value in self._model.codec.decode(x, names).items()
+        }
+
+    @torch.inference_mode()
+    def _embed_group(self, group: Sequence[Aligned], check: Check | None) -> list[Embedding]:
+        """Embed requests that share their shape."""
+        size, found = self._batch_size(group[0].grid), []
+        for start in range(0, len(group), size):
+            if check is not None:
+                check()
+            batch = group[start : start + size]
+            x, mask, known = self._encode(batch)
+            scenes = mean_scene(self._model, x, mask, conditions=known).float().cpu().numpy()
+            found += [_embedding(r, z) for r, z in zip(batch, scenes, strict=True)]
+        return found
+
+    def _encode(self, requests: Sequence[Aligned]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch for the model: x [B, C, H, W], mask [B, M, H, W], conditions [B, K]."""
+        # Each by itself, as it is decoded: see `_sample_batch`.
+        xs, masks = zip(*(self._encode_one(request) for request in requests), strict=True)
+        known = torch.from_numpy(stack_features([r.conditions for r in requests]))
+        return torch.cat(xs), torch.cat(masks), known.to(self._device)
+
+    def _encode_one(self, request: Aligned) -> tuple[Tensor, Tensor]:
+        if not request.observed:
+            return self._model.codec.empty(1, *request.grid.shape)
+        values = {
+            n: torch.from_numpy(v.astype(np.float32)) for n, (v, _) in request.observed.items()
+        }
+        valid = {n: torch.from_numpy(m) for n, (_, m) in request.observed.items()}
+        scene = Scene(
+            {n: v[None] for n, v in values.items()}, {n: m[None, None] for n, m in valid.items()}
+        )
+        return self._model.codec.encode(scene.to(self._device))
+
+
+def _embedding(request: Aligned, scene: NDArray[np.float32]) -> Embedding:
+    """A request's scene [S, h, w], and what it says of the request as a whole."""
+    height, width = request.grid.shape
+    padded = np.pad(request.valid, ((0, -height % STRIDE), (0, -width % STRIDE)))
+    _, rows, columns = scene.shape
+    valid = np.logical_or.reduce(padded.reshape(rows, STRIDE, columns, STRIDE), axis=(1, 3))
+    cells = scene[:, valid].astype(np.float64)
+    vector = np.concatenate([cells.mean(axis=1), cells.std(axis=1)]).astype(np.float32)
+    return Embedding(request.grid.coarser(STRIDE), scene, valid, vector)
+
+
+def _by_key(requests: Sequence[A], answer: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
+    """Answers in the order of the requests; those with equal `batch_key` are answered together."""
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        groups[request.batch_key].append(index)
+    results: dict[int, T] = {}
+    for indices in groups.values():
+        group = [requests[i] for i in indices]
+        results.update(zip(indices, answer(group), strict=True))
+    return [results[i] for i in range(len(requests))]

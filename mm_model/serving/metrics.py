@@ -17,22 +17,26 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "mm_generate_requests", "Answered requests", ["status"], registry=self._registry
+            "mm_requests",
+            "Answered requests",
+            ["operation", "status"],
+            registry=self._registry,
         )
         self.seconds = Histogram(
-            "mm_generate_seconds",
+            "mm_request_seconds",
             "Time from the first byte of a request to its answer",
+            ["operation"],
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.in_progress = Gauge(
-            "mm_generate_in_progress",
-            "Requests being read, queued or sampled",
+            "mm_requests_in_progress",
+            "Requests being read, queued or answered",
             registry=self._registry,
         )
         self.batch_size = Histogram(
             "mm_batch_size",
-            "Requests that were sampled together",
+            "Requests that were answered together",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self._registry,
         )

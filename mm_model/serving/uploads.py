@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_model.api import DEFAULT_STEPS
+from mm_model.conditions import parse_conditions
 from mm_model.data import raster
 from mm_model.errors import (
     LayerError,
@@ -22,8 +23,17 @@ from mm_model.errors import (
 )
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
-from mm_model.serving.generator import Generator, Request
+from mm_model.serving.generator import EmbedRequest, Generator, Request
 from mm_model.serving.layers import ObservedLayer
+
+CONDITION_FIELDS: Mapping[str, str] = {
+    "date": "of the pictures, as YYYY-MM-DD; it tells the season and, with a latitude, the sun",
+    "sun_elevation_deg": "of the sun above the horizon; goes with sun_azimuth_deg",
+    "sun_azimuth_deg": "of the sun, clockwise from north; goes with sun_elevation_deg",
+    "latitude_deg": "north positive; where it lies by default",
+    "gsd_m": "metres a pixel on the ground; the grid's by default",
+}
+"""The form fields that say what is known besides images, and what they mean."""
 
 FIELDS: Mapping[str, str] = {
     "target": "modality to generate; repeat it for several; all that are not observed by default",
@@ -34,8 +44,9 @@ FIELDS: Mapping[str, str] = {
     "height": "rows to generate, where nothing is observed",
     "crs": "EPSG:<code> or WKT of what is generated, where nothing is observed",
     "transform": "a,b,c,d,e,f: x = a*col + b*row + c, y = d*col + e*row + f; goes with crs",
+    **CONDITION_FIELDS,
 }
-"""The form fields, and what they mean."""
+"""The form fields of a request to generate, and what they mean."""
 
 # Classic TIFF and BigTIFF in both byte orders.
 _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -53,16 +64,14 @@ class Part:
 
 
 def read_request(parts: Sequence[Part], generator: Generator) -> Request:
-    """The request that a form makes.
+    """The request to generate that a form makes.
 
     Whatever form and headers tell is decided before a pixel is decoded.
 
     Raises:
         RequestError: a part is unknown, twice there, malformed or no GeoTIFF of its modality.
     """
-    _check_names(parts, generator)
-    texts = {p.name: p.content for p in parts if isinstance(p.content, str)}
-    files = {p.name: p.content for p in parts if isinstance(p.content, bytes)}
+    texts, files = _sort_out(parts, FIELDS, generator)
     numbers = {
         "samples": _integer(texts, "samples", 1),
         "seed": _integer(texts, "seed", 0),
@@ -70,14 +79,28 @@ def read_request(parts: Sequence[Part], generator: Generator) -> Request:
     }
     targets = tuple(str(p.content) for p in parts if p.name == "target")
     grid = _grid(texts)
+    conditions = parse_conditions(texts)
     generator.check_form(tuple(files), targets, grid, **numbers)
+    observed = _read_layers(files, generator)
+    return Request(observed, targets, grid=grid, conditions=conditions, **numbers)
+
+
+def read_embed_request(parts: Sequence[Part], generator: Generator) -> EmbedRequest:
+    """The request to embed that a form makes; decides and raises as `read_request` does."""
+    texts, files = _sort_out(parts, CONDITION_FIELDS, generator)
+    conditions = parse_conditions(texts)
+    generator.check_observed(tuple(files))
+    return EmbedRequest(_read_layers(files, generator), conditions)
+
+
+def _read_layers(files: Mapping[str, bytes], generator: Generator) -> dict[str, ObservedLayer]:
+    """The files' layers; all headers are checked before the first pixel is decoded."""
     modalities = {name: generator.modality(name) for name in files}
     headers = {n: read_header(files[n], m, generator) for n, m in modalities.items()}
     if headers:
         # The model's order, as the generator takes them.
         generator.check_grids({n: headers[n].grid for n in generator.modalities if n in headers})
-    observed = {n: _decode(files[n], headers[n], m) for n, m in modalities.items()}
-    return Request(observed=observed, targets=targets, grid=grid, **numbers)
+    return {n: _decode(files[n], headers[n], m) for n, m in modalities.items()}
 
 
 def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
@@ -169,13 +192,16 @@ def _check_header(
         )
 
 
-def _check_names(parts: Sequence[Part], generator: Generator) -> None:
+def _sort_out(
+    parts: Sequence[Part], fields: Mapping[str, str], generator: Generator
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Texts and files by name; raises RequestError if a part is unknown or twice there."""
     seen = set()
     for part in parts:
         is_file, shown = isinstance(part.content, bytes), part.name[:80]
-        if part.name in FIELDS and is_file:
+        if part.name in fields and is_file:
             raise RequestError(f"field {shown}", got="a file", allowed="text")
-        if part.name not in FIELDS and not is_file:
+        if part.name not in fields and not is_file:
             if part.name in generator.modalities:
                 raise RequestError(
                     f"part {shown}",
@@ -183,7 +209,7 @@ def _check_names(parts: Sequence[Part], generator: Generator) -> None:
                     allowed="a GeoTIFF file",
                     remedy=f"send it as a file: curl -F {shown}=@{shown}.tif",
                 )
-            raise RequestError(f"unknown form field {shown!r}", allowed=", ".join(FIELDS))
+            raise RequestError(f"unknown form field {shown!r}", allowed=", ".join(fields))
         if is_file and part.name not in generator.modalities:
             raise UnknownModalityError(
                 f"part {shown!r}: unknown modality", allowed=", ".join(generator.modalities)
@@ -191,6 +217,10 @@ def _check_names(parts: Sequence[Part], generator: Generator) -> None:
         if part.name in seen and part.name != "target":
             raise RequestError(f"part {shown} is there twice", allowed="once")
         seen.add(part.name)
+    return (
+        {p.name: p.content for p in parts if isinstance(p.content, str)},
+        {p.name: p.content for p in parts if isinstance(p.content, bytes)},
+    )
 
 
 def _integer(texts: Mapping[str, str], name: str, default: int) -> int:

@@ -1,6 +1,7 @@
 """The interface as it is published, and how the application and the client keep to it."""
 
 import asyncio
+import datetime as dt
 import json
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ from schemathesis.specs.openapi.checks import (
 
 from mm_model.api import STATUS
 from mm_model.client import Client
+from mm_model.conditions import Conditions
 from mm_model.config import load_params
-from mm_model.errors import LayerError, NotReadyError, ServiceError
+from mm_model.data import raster
+from mm_model.data.circumstances import complete
+from mm_model.errors import LayerError, NotReadyError, RequestError, ServiceError
 from mm_model.serving.app import build_app
 from mm_model.serving.batching import FixedModel
 
@@ -104,6 +108,23 @@ def test_the_client_gets_files_from_files(client, tmp_path):
     assert list(picture.files) == ["generated.png"]
 
 
+def test_the_client_says_what_is_known(client):
+    winter = Conditions(date=dt.date(2024, 1, 15))
+    made = client.generate({"sar": geotiff("sar")}, ["dem"], steps=2, conditions=winter)
+    assert made.provenance.conditions == complete(winter, GRID)
+    with pytest.raises(RequestError, match="no layer to embed"):
+        client.embed({}, conditions=winter)
+
+
+def test_the_client_embeds_files(client, tmp_path):
+    (tmp_path / "in.tif").write_bytes(geotiff("sar"))
+    embedded = client.embed({"sar": tmp_path / "in.tif"})
+    assert [p.name for p in embedded.save(tmp_path / "out")] == ["scene.tif", "vector.json"]
+    scene = raster.read_raster(tmp_path / "out/scene.tif")
+    assert scene.grid == GRID.coarser(8)
+    assert len(embedded.vector.vector) == 2 * len(scene.values)
+
+
 def test_the_client_asks_what_serves(client):
     assert client.ready() == client.wait_ready(1, version=3) == "3"
     assert client.model().serving.name == "mm-test"
@@ -130,7 +151,8 @@ def test_an_answer_of_somebody_else_is_named():
         return httpx.Response(404 if "ready" in str(request.url) else 200, text="<html>hello")
 
     with Client("http://endpoint", transport=httpx.MockTransport(other)) as client:
-        for ask in (client.ready, client.model, lambda: client.generate({})):
+        asked = (lambda: client.generate({}), lambda: client.embed({}))
+        for ask in (client.ready, client.model, *asked):
             with pytest.raises(ServiceError, match="not as this endpoint does"):
                 ask()
 

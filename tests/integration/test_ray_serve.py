@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pytest
 from mm_model.adapters import mlflow_registry as registry
 from mm_model.bundle import save_bundle
 from mm_model.client import Client
+from mm_model.conditions import Conditions
 from mm_model.errors import NotReadyError
 
 TESTS = Path(__file__).parents[1]
@@ -215,6 +217,19 @@ def test_the_alias_moves_under_load_and_no_request_is_lost(platform, versions):
     served = [version for _, version in answers]
     assert set(served) == {str(first), str(second)}
     assert served[-1] == str(first)
+
+
+def test_it_embeds_and_takes_what_is_known(platform, versions):
+    with Client(platform.url) as client:
+        platform.point_alias(versions["first"])
+        client.wait_ready(30, versions["first"])
+        files, winter = {"sar": geotiff("sar")}, Conditions(date=dt.date(2024, 1, 15))
+        embedded = client.embed(files, conditions=winter)
+        assert embedded.vector.model_version == str(versions["first"])
+        assert embedded.vector.conditions.date == winter.date
+        made = client.generate(files, ["dem"], steps=2, conditions=winter)
+        assert made.provenance.conditions == embedded.vector.conditions
+        assert made.files != client.generate(files, ["dem"], steps=2).files
 
 
 @pytest.mark.parametrize(("name", "why"), [("broken", "weights_sha256"), ("failed", "gate")])

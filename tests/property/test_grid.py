@@ -47,6 +47,15 @@ def test_another_size_covers_the_same_ground(grid: Grid, height: int, width: int
     assert other.bounds == pytest.approx(grid.bounds, rel=1e-9, abs=1e-6)
 
 
+@given(grids(), st.integers(1, 12))
+def test_cells_begin_at_the_corner_and_cover_all(grid: Grid, factor: int) -> None:
+    cells = grid.coarser(factor)
+    assert cells.xy(0, 0) == grid.xy(0, 0)
+    assert cells.xy(2, 3) == pytest.approx(grid.xy(2 * factor, 3 * factor), rel=1e-12, abs=1e-6)
+    for side, pixels in zip(cells.shape, grid.shape, strict=True):
+        assert 0 <= side * factor - pixels < factor
+
+
 @given(grids(), st.integers(1, 20))
 def test_patches_lie_side_by_side_inside(grid: Grid, side: int) -> None:
     corners = list(grid.subdivide(side))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent / "serving"))
 from serving_fixtures import GRID, NAMES, geotiff, make_bundle
 
 from mm_model import cli
-from mm_model.bundle import save_bundle
+from mm_model.api import SceneVector
+from mm_model.bundle import load_manifest, save_bundle
 from mm_model.data import raster
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def test_every_verb_is_on_the_help_page(mm) -> None:
     status, text, _ = mm("--help")
     assert status == 0
     verbs = """doctor up down status serve demo prepare split validate stats train evaluate
-    register promote rollback generate show"""
+    register promote rollback generate embed show"""
     for verb in verbs.split():
         assert f" {verb} " in text
 
@@ -130,6 +132,79 @@ def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path
     assert raster.read_header(out / "dem.tif").grid.shape == (24, 40)
 
 
+def test_what_is_known_of_a_picture_is_taken_and_recorded(mm, bundle: Path, tmp_path: Path) -> None:
+    observed = tmp_path / "scene.tif"
+    observed.write_bytes(geotiff("sar"))
+    made = {}
+    for name, known in {
+        "as it is": (),
+        "in winter": ("--date", "2024-01-15"),
+        "all told": ("--date", "2024-01-15", "--sun-elevation", 15.5, "--sun-azimuth", 160,
+                     "--latitude", "-33", "--gsd", 30),
+    }.items():  # fmt: skip
+        status, _, err = mm(
+            "generate", "--bundle", bundle, "--observe", f"sar={observed}", "--target", "dem",
+            "--steps", 2, "--out", tmp_path / name, *known,
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        made[name] = raster.read_raster(tmp_path / name / "dem.tif")
+    assert made["all told"].tags["MM_CONDITIONS"] == (
+        "gsd_m=30.0,date=2024-01-15,sun_elevation_deg=15.5,sun_azimuth_deg=160.0,latitude_deg=-33.0"
+    )
+    assert made["in winter"].tags["MM_CONDITIONS"].startswith("gsd_m=9.99")
+    assert "date" not in made["as it is"].tags["MM_CONDITIONS"]
+    assert len({answer.values.tobytes() for answer in made.values()}) == 3
+
+
+def test_embed_through_a_bundle(mm, bundle: Path, tmp_path: Path) -> None:
+    grid = replace(GRID, height=27, width=45)  # no side is a multiple of 8
+    observed, out = tmp_path / "scene.tif", tmp_path / "scene"
+    observed.write_bytes(geotiff("sar", grid))
+    status, text, err = mm(
+        "embed", "--bundle", bundle, "--observe", f"sar={observed}", "--out", out
+    )
+    assert (status, err) == (0, "")
+    assert text.split() == [str(out / "scene.tif"), str(out / "vector.json")]
+    scene = raster.read_raster(out / "scene.tif")
+    assert scene.grid == grid.coarser(8)
+    assert scene.values.shape[1:] == (4, 6)
+    vector = SceneVector.model_validate_json((out / "vector.json").read_bytes())
+    assert len(vector.vector) == 2 * len(scene.values)
+    assert vector.bundle_id == scene.tags["MM_BUNDLE_ID"] == load_manifest(bundle).bundle_id
+    assert scene.tags["MM_OBSERVED"] == "sar"
+    means = scene.values[:, scene.valid].mean(axis=1)
+    assert vector.vector[: len(means)] == pytest.approx(means, abs=1e-5)
+
+
+@pytest.fixture
+def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path) -> Path:
+    """An empty folder to be in, and the test's bundle in the place of the pretrained one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mm_model.cli.images.PRETRAINED", bundle)
+    return tmp_path
+
+
+def test_without_a_bundle_the_pretrained_one_generates_and_says_so(
+    mm, bundle: Path, nothing_here: Path
+) -> None:
+    arguments = ("generate", "--target", "dem", "--steps", 1, "--out", "made")
+    status, _, err = mm(*arguments)
+    assert status == 0
+    assert err == "no models/bundle here: through the pretrained bundle\n"
+    assert raster.read_raster(Path("made/dem.tif")).tags["MM_MODEL"] == "pretrained"
+    shutil.copytree(bundle, "models/bundle")
+    status, _, err = mm(*arguments)
+    assert (status, err) == (0, "")
+    assert raster.read_raster(Path("made/dem.tif")).tags["MM_MODEL"] == "models/bundle"
+
+
+def test_show_pretrained(mm, nothing_here: Path) -> None:
+    status, text, err = mm("show", "pretrained")
+    assert (status, err) == (0, "")
+    assert text.strip() == str(nothing_here / "show.png")
+    assert Path("show.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -137,6 +212,9 @@ def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path
         (("--observe", f"sar={__file__}", "--observe", f"sar={__file__}"), "twice"),
         (("--observe", "sar=/nowhere.tif"), "existing GeoTIFF"),
         (("--bundle", "a", "--endpoint", "http://127.0.0.1:1"), "one of them"),
+        (("--date", "15.1.2024"), "YYYY-MM-DD"),
+        (("--latitude", "95"), "-90 to 90"),
+        (("--sun-elevation", "40"), "both, or neither"),
         (("--endpoint", "http://127.0.0.1:1"), "mm up"),
     ],
 )

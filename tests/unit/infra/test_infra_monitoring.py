@@ -92,7 +92,7 @@ def test_queries(expression: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        "sum(rate(mm_generate_requests_total[5m])",
+        "sum(rate(mm_requests_total[5m])",
         "rate(mm_generate_request_total[5m])",
         "ray_serve_deployment_replica_health",
     ],

@@ -1,11 +1,14 @@
-"""A small model with constructed weights, and GeoTIFFs for it."""
+"""A small model with constructed weights, GeoTIFFs for it, and an application to ask."""
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 import numpy as np
 import torch
 
-from mm_model.api import ModelIdentity
+from mm_model.api import ModelIdentity, Problem
 from mm_model.bundle import Bundle, Manifest
 from mm_model.codec import Codec
 from mm_model.config import ServeConfig
@@ -48,7 +51,8 @@ def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval().requires_grad_(False)
-    return Bundle(model, Manifest(model.config, 10.0, statistics, {"source": "constructed"}))
+    origin = {"source": "constructed"}
+    return Bundle(model, Manifest(model.config, [10.0], statistics, origin, bundle_id="b0b" * 9))
 
 
 def _statistics(modality: Modality) -> dict:
@@ -67,6 +71,7 @@ def _statistics(modality: Modality) -> dict:
                 "scale": scale,
                 "transformed_mean": float(seen.mean()),
                 "transformed_std": float(seen.std()),
+                "relief": {"scale": scale / 9, "transformed_mean": 0.0, "transformed_std": 1.0},
             }
             for name in modality.band_names
         ],
@@ -118,3 +123,37 @@ def geotiff(name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True) -> b
     content = raster.write_geotiff(None, layer.values, layer.valid, grid, MODALITIES[name])
     assert content is not None
     return content
+
+
+def ask(app, *requests, times_out=60):
+    """Responses to (method, path, keyword arguments) requests, sent at once."""
+
+    async def run():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://test", timeout=times_out
+        ) as http:
+            return await asyncio.gather(*(http.request(m, p, **k) for m, p, k in requests))
+
+    return asyncio.run(run())
+
+
+def form(files=None, headers=None, path="/v1/generate", **fields):
+    """A multipart request, as curl -F makes it."""
+    parts = [
+        (name, (None, str(value)))
+        for name, given in fields.items()
+        for value in (given if isinstance(given, list) else [given])
+    ]
+    parts += [(name, (f"{name}.tif", content)) for name, content in (files or {}).items()]
+    return "POST", path, {"files": parts, "headers": headers or {}}
+
+
+def refused(response, status, code):
+    """The problem, checked for what every problem has."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = Problem.model_validate_json(response.content)
+    assert problem.status == status
+    assert problem.code == code
+    return problem

@@ -12,11 +12,24 @@ import pytest
 import rasterio
 import torch
 from rasterio.transform import Affine
-from serving_fixtures import GRID, NAMES, PATCH_PX, geotiff, make_layer, make_source, serve_config
+from serving_fixtures import (
+    GRID,
+    NAMES,
+    PATCH_PX,
+    ask,
+    form,
+    geotiff,
+    make_layer,
+    make_source,
+    refused,
+    serve_config,
+)
 
 from mm_model import errors
 from mm_model.api import STATUS, Manifest, Problem, Provenance, error_classes, error_of, problem_of
+from mm_model.conditions import NOTHING
 from mm_model.data import raster
+from mm_model.data.circumstances import complete
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.app import build_app
@@ -31,44 +44,10 @@ def source():
     return make_source(max_side_px=96)
 
 
-def ask(app, *requests, times_out=60):
-    """Responses to (method, path, keyword arguments) requests, sent at once."""
-
-    async def run():
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://test", timeout=times_out
-        ) as http:
-            return await asyncio.gather(*(http.request(m, p, **k) for m, p, k in requests))
-
-    return asyncio.run(run())
-
-
-def form(files=None, headers=None, **fields):
-    """A multipart request, as curl -F makes it."""
-    parts = [
-        (name, (None, str(value)))
-        for name, given in fields.items()
-        for value in (given if isinstance(given, list) else [given])
-    ]
-    parts += [(name, (f"{name}.tif", content)) for name, content in (files or {}).items()]
-    return "POST", "/v1/generate", {"files": parts, "headers": headers or {}}
-
-
 def generate(source, files=None, headers=None, config=None, **fields):
     request = form(files, headers, **{"steps": 1, **fields})
     (response,) = ask(build_app(source, config or serve_config(max_side_px=96)), request)
     return response
-
-
-def refused(response, status, code):
-    """The problem, checked for what every problem has."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    problem = Problem.model_validate_json(response.content)
-    assert problem.status == status
-    assert problem.code == code
-    return problem
 
 
 def test_one_target_comes_as_a_geotiff_with_its_georeference_and_provenance(source):
@@ -78,7 +57,7 @@ def test_one_target_comes_as_a_geotiff_with_its_georeference_and_provenance(sour
     provenance = Provenance.from_headers(response.headers)
     assert provenance == Provenance(
         model="mm-test", model_version="3", run_id="f00d", observed=("sar",), targets=("map",),
-        samples=1, seed=7, steps=2,
+        samples=1, seed=7, steps=2, conditions=complete(NOTHING, GRID),
     )  # fmt: skip
     with rasterio.MemoryFile(response.content) as memory, memory.open() as dataset:
         assert tuple(dataset.transform)[:6] == GRID.transform
@@ -176,7 +155,7 @@ def test_callers_share_batches_and_nobody_notices(source):
     assert [r.content for r in alone] == [r.content for r in together]
     (page,) = ask(app, ("GET", "/metrics", {}))
     counts = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if line[0] != "#")
-    assert counts['mm_generate_requests_total{status="200"}'] == "14.0"
+    assert counts['mm_requests_total{operation="generate",status="200"}'] == "14.0"
     # Seven at once are three batches, then seven of one each.
     assert float(counts["mm_batch_size_count"]) < 14
     assert counts['mm_model_info{model="mm-test",run_id="f00d",version="3"}'] == "1.0"
@@ -248,6 +227,11 @@ BAD = {
     "transform is short": (
         {}, {**SIDES, "crs": "EPSG:32633", "transform": "1,2,3"}, 422, "request",
     ),
+    "a day in words": ({"sar": SAR}, {"date": "15 January"}, 422, "request"),
+    "no such day": ({"sar": SAR}, {"date": "2023-02-29"}, 422, "request"),
+    "beyond the pole": ({"sar": SAR}, {"latitude_deg": 95}, 422, "request"),
+    "half a sun": ({"sar": SAR}, {"sun_elevation_deg": 40}, 422, "request"),
+    "no pixel size": ({"sar": SAR}, {"gsd_m": "nan"}, 422, "request"),
     "no overlap": (
         {"sar": SAR, "dem": geotiff("dem", Grid("EPSG:32733", GRID.transform, 24, 40))},
         {}, 422, "georeference",

@@ -7,7 +7,9 @@ import pytest
 import torch
 from serving_fixtures import GRID, NAMES, make_bundle, make_layer
 
+from mm_model.conditions import NOTHING, stack_features
 from mm_model.data import raster
+from mm_model.data.circumstances import complete
 from mm_model.errors import (
     GeoreferenceError,
     LayerError,
@@ -32,6 +34,9 @@ def generator(bundle):
     return Generator(bundle, max_side_px=96, max_samples=4, max_batch=3)
 
 
+ODD = replace(GRID, height=27, width=45)  # its pixels fill no vector of the processor
+
+
 def one(generator, **request):
     (result,) = generator.generate([Request(**{"steps": 2, **request})])
     return result
@@ -52,7 +57,8 @@ def test_an_answer_is_what_the_training_path_samples(bundle, generator):
     )
     x, mask = bundle.model.codec.encode(scene)
     targets = ("rgb", "dem", "map")
-    made = sample(bundle.model, x, mask, targets, sample_seeds(7, 2), 2)
+    known = torch.from_numpy(stack_features([complete(NOTHING, GRID)] * 2))
+    made = sample(bundle.model, x, mask, targets, sample_seeds(7, 2), 2, conditions=known)
     expected = bundle.model.codec.decode(made, targets)
     assert list(result.values) == list(targets)
     for name in targets:
@@ -68,13 +74,15 @@ def test_grid_and_mask_are_those_of_the_observed_layer(generator):
     np.testing.assert_array_equal(result.valid, layer.valid)
 
 
-def test_no_result_depends_on_others_in_the_batch(generator):
+def test_no_result_depends_on_others_in_the_batch(bundle):
+    generator = Generator(bundle, max_batch=16)  # large images are fewer to a batch
     requests = [
         Request({"sar": make_layer("sar")}, ("map",), seed=1, steps=2),
         Request({"dem": make_layer("dem", seed=4)}, samples=4, seed=2, steps=2),
         Request(grid=GRID, seed=1, steps=2),
         Request({"rgb": make_layer("rgb")}, ("sar",), seed=3, steps=1),
-        Request(grid=replace(GRID, height=17, width=31), seed=9, steps=2),
+        *(Request({"dem": make_layer("dem", ODD, k)}, ("map",), seed=k, steps=2) for k in range(2)),
+        *(Request({"sar": make_layer("sar", ODD, k)}, ("dem",), steps=2) for k in range(3)),
     ]
     together = generator.generate(requests)
     assert all(same(generator.generate([r])[0], t) for r, t in zip(requests, together, strict=True))
