@@ -12,7 +12,7 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo up down status test lint bench clean
+.PHONY: help setup demo up down status test lint bench pretrained clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -56,6 +56,11 @@ lint: setup ## format, style, types, import contracts
 
 bench: setup ## measure; writes benchmarks/results and docs/benchmarks.md
 	@$(BIN)/python -m benchmarks
+
+pretrained: setup ## train the bundle in the box again (an hour and a half on two cores)
+	@cd examples/pretrained
+	dvc repro
+	python -m mm_model.cli.box
 
 clean: down ## stop the services; remove what they and the tools wrote, but not .venv, data or models
 	@rm -rf var demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

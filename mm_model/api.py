@@ -20,7 +20,7 @@ MIN_SIDE_PX = 16
 """Least height and width of what is generated."""
 MAX_STEPS = 64
 """Most sampling steps of a request."""
-DEFAULT_STEPS = 8
+DEFAULT_STEPS = 4
 
 TIFF = "image/tiff"
 PNG = "image/png"

@@ -280,7 +280,7 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each target.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 4,
     width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),

@@ -80,12 +80,19 @@ def conditions_of(patch: Patch) -> Conditions:
     """What a patch tells besides its images: its distance, the day of its first dated layer, and
     what follows from its grid.
     """
-    days = [dt.date.fromisoformat(d[:10]) for d in _dates(patch)]
+    days = [day for layer in patch.layers.values() if (day := _day(layer.acquired_at or ""))]
     return complete(Conditions(patch.gsd_m, days[0] if days else None), patch.grid)
 
 
-def _dates(patch: Patch) -> list[str]:
-    return [layer.acquired_at for layer in patch.layers.values() if layer.acquired_at]
+def _day(acquired_at: str) -> dt.date | None:
+    """The day of an ISO 8601 date or time; of a month its middle, and of a year none: it has no
+    season.
+    """
+    if len(acquired_at) == len("2021-01"):
+        acquired_at += "-15"
+    return (
+        dt.date.fromisoformat(acquired_at[:10]) if len(acquired_at) >= len("2021-01-01") else None
+    )
 
 
 class PatchDataset:

@@ -30,7 +30,7 @@ def constructed_model() -> SceneModel:
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             position = torch.arange(parameter.numel(), dtype=torch.float64)
-            wave = torch.sin(position * 12.9898 + number * 78.233) * 0.08
+            wave = torch.sin(position * 12.9898 + number * 78.233) * 0.15
             parameter.copy_(wave.view(parameter.shape))
     return model.eval()
 

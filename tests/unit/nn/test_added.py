@@ -101,6 +101,6 @@ def test_configuration_knows_what_was_added() -> None:
     copy = SceneModel.from_config(AFTER.config)
     copy.load_state_dict(AFTER.state_dict(), strict=True)
     assert copy.added_names == ("pan",)
-    for added in (["rgb"], list(NAMES) + ["pan"], ["pan", "pan"]):
+    for added in (["rgb"], [*NAMES, "pan"], ["pan", "pan"]):
         with pytest.raises(ConfigError):
             SceneModel.from_config({**AFTER.config, "added": added})

@@ -1,12 +1,15 @@
 """The order of training patches, and their batches."""
 
+import dataclasses
+import datetime as dt
+
 import numpy as np
 import pytest
 import torch
 from training_fixtures import HEIGHT, MAP, RGB, SAR, WIDTH, dataset, patch
 
 from mm_model.errors import DataError
-from mm_model.training.dataset import batch_order, collate
+from mm_model.training.dataset import batch_order, collate, conditions_of
 
 
 def test_each_epoch_sees_every_patch_once():
@@ -88,3 +91,23 @@ def test_an_unreadable_patch_reaches_the_caller():
     broken = dataset(positions=[99])
     with pytest.raises(IndexError):
         list(broken.batches(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("acquired_at", "day"),
+    [
+        ("2021-03-04", dt.date(2021, 3, 4)),
+        ("2021-03-04T10:31:00Z", dt.date(2021, 3, 4)),
+        ("2021-01", dt.date(2021, 1, 15)),
+        ("2021", None),
+        (None, None),
+    ],
+)
+def test_a_date_may_be_as_coarse_as_archives_give_it(acquired_at, day):
+    whole = patch(0, RGB, SAR)
+    layers = {n: dataclasses.replace(v, acquired_at=acquired_at) for n, v in whole.layers.items()}
+    found = conditions_of(dataclasses.replace(whole, layers=layers))
+    assert found.date == day
+    assert (found.sun_elevation_deg is None) == (day is None)
+    assert found.gsd_m == 10
+    assert 45 < found.latitude_deg < 46
