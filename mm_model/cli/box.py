@@ -1,4 +1,4 @@
-"""The last step of `make pretrained`: a bundle and its card, from a pipeline folder into the box."""
+"""Last step of `make pretrained`: a bundle and its card, from a pipeline folder into the box."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ SHARED_TIME_SHARE = 0.70  # samples with one time for all targets
 SCENE_DROP = 0.08  # samples whose decoder gets no scene
 CLASS_LOSS = 0.4  # weight of cross-entropy beside squares: at 1 the scene holds little but classes
 # Greatest noise on the decoder's scene, beside observed pixels and alone. The true scene tells more
-# of the targets than any that the flow will find: a decoder that can trust it does not learn what
-# the observed pixels tell (RGB → NIR 5 dB short of the same decoder without a scene).
+# of the targets than any that the flow will find; a decoder that may trust it learns less of what
+# the observed pixels tell (docs/experiments.md).
 SCENE_NOISE, SCENE_NOISE_ALONE = 0.9, 0.3
 START_SHARE = 0.1  # decoder and flow each: samples at t = 0, whose estimate is the posterior mean
 CONDITIONS_SHARE = 0.7  # samples that keep conditions, and chance of each part to be kept then
