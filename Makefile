@@ -10,12 +10,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 # CPU wheels of torch are smaller: TORCH_INDEX=https://download.pytorch.org/whl/cpu make setup
 TORCH_INDEX ?=
+MINUTES ?= 4
+SEEDS ?= 3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo up down status test lint bench pretrained clean
+.PHONY: help setup demo up down status test lint bench bench-model pretrained clean
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(BIN)/.installed ## make .venv and install; does nothing if it is up to date
 
@@ -56,6 +58,9 @@ lint: setup ## format, style, types, import contracts
 
 bench: setup ## measure; writes benchmarks/results and docs/benchmarks.md
 	@$(BIN)/python -m benchmarks
+
+bench-model: setup ## ours beside what people would use instead; MINUTES=4 of training a model, SEEDS=3
+	@$(BIN)/python -m benchmarks.model --minutes $(MINUTES) --seeds $(SEEDS)
 
 pretrained: setup ## train the bundle in the box again (an hour and a half on two cores)
 	@cd examples/pretrained

@@ -1,0 +1,311 @@
+"""The report: flat figures, tables of methods × regimes, and what ours does not help with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks import record
+from benchmarks.model import sheets
+from benchmarks.model.cells import Bench, Cell
+from benchmarks.model.joint import OTHER_STEPS
+from benchmarks.model.methods import STEPS
+from benchmarks.model.pairs import key
+from benchmarks.model.regimes import NIR, RGB, SAR, UNSEEN
+from benchmarks.model.tables import BySeed, Results, flat, mean, mean_of, minus, over, shown, table
+from mm_model.data.files import write_atomically
+
+OURS, JOINT = "ours", "no_scene"
+SPLIT = ("unet_split", "pix2pix_split")
+PSNR, MIOU = "pairs_psnr_of_mean_db", "pairs_miou_of_mean"
+IMAGES = record.ROOT / "docs" / "images"
+
+
+def write_report(bench: Bench, cells: Sequence[Cell], *, publish: bool) -> None:
+    """Write report.md and its pictures below the bench's folder.
+
+    Args:
+        bench: whose records are read; cells without one are left out.
+        cells: what to report.
+        publish: also write benchmarks/results/model.json, the page and docs/images.
+    """
+    found = [r for c in cells if (r := bench.find(c)) is not None]
+    if not found:
+        print("nothing to report: no cell is there")
+        return
+    results = Results(found)
+    figures = flat(headline(results))
+    pictures = sheets.draw(bench, results, IMAGES if publish else bench.folder)
+    prefix = "images/" if publish else ""
+    text = markdown(bench, results, [f"{prefix}{p.name}" for p in pictures])
+    write_atomically(bench.folder / "report.md", f"# Report\n\n{text}\n".encode())
+    for name, value in figures.items():
+        print(f"{name:52} {value:.4g}")
+    if publish:
+        record.write("model", figures, {"": text, **NOTES})
+        record.write_page()
+    print(bench.folder / "report.md")
+
+
+NOTES = {
+    "pairs_psnr_mean_db": "continuous pairs, mean of all samples",
+    "pairs_miou_mean": "pairs to land cover, class of the largest summed probability",
+    "pairs_psnr_gain_over_split_specialists_db": "against the better of the two kinds",
+    "rgb_to_nir_gap_to_specialist_db": "U-Net with the whole budget for this pair, minus ours",
+    "unseen_pair_gain_share": "gain over a constant where the pair was never seen, over that where "
+    "it was; both directions",
+    "season_spread_share": "mean colour of samples from radar: spread of one patch over that of "
+    "scenes",
+    "joint_one_nn_accuracy": "0.5 cannot be told from real",
+    "real_frechet": "real of other places: the floor",
+}
+
+
+def headline(results: Results) -> dict[str, BySeed]:
+    """The flat figures, by seed."""
+    complete = "complete"
+
+    def ours(*path: str) -> BySeed:
+        return results.of(complete, OURS, *path)
+
+    best = max(SPLIT, key=lambda m: _or_low(mean(results.of(complete, m, PSNR))))
+    colour_to_nir = ("pairs", key(RGB, NIR), "psnr_of_mean_db")
+    radar = ("pairs", key(SAR, RGB))
+    features = ("joint", "features")
+    few, many = (ours("steps", str(s), PSNR) for s in (STEPS, *OTHER_STEPS))
+    loss = over(minus(many, few), many)
+    probe = ("scenes", "probes", "cover")
+    return {
+        "pairs_psnr_mean_db": ours(PSNR),
+        "pairs_miou_mean": ours(MIOU),
+        "pairs_psnr_gain_over_no_scene_db": minus(ours(PSNR), results.of(complete, JOINT, PSNR)),
+        "pairs_psnr_gain_over_split_specialists_db": minus(
+            ours(PSNR), results.of(complete, best, PSNR)
+        ),
+        "rgb_to_nir_gap_to_specialist_db": minus(
+            results.of(complete, "unet_whole", *colour_to_nir), ours(*colour_to_nir)
+        ),
+        "unseen_pair_gain_share": over(
+            unseen_gain(results, "pairs", OURS), unseen_gain(results, "pairs_control", OURS)
+        ),
+        "joint_one_nn_accuracy": ours(*features, "generated", "one_nn_accuracy"),
+        "joint_precision": ours(*features, "generated", "precision"),
+        "joint_recall": ours(*features, "generated", "recall"),
+        "joint_frechet": ours(*features, "generated", "frechet"),
+        "real_frechet": ours(*features, "real", "frechet"),
+        "season_spread_share": over(
+            ours(*radar, "level_spread"), ours(*radar, "real_level_spread")
+        ),
+        "steps_4_over_32_psnr_gap_percent": {s: 100 * v for s, v in loss.items()},
+        "probe_accuracy_z_1_percent": ours(*probe, "z", "linear_1"),
+        "probe_accuracy_pixels_1_percent": ours(*probe, "pixels", "linear_1"),
+        "retrieval_rgb_to_sar_top1": ours("scenes", "retrieval", "rgb_to_sar_top1"),
+    }
+
+
+def _or_low(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def unseen_gain(results: Results, regime: str, method: str) -> BySeed:
+    """How far both directions of the unseen pair are above a constant, in dB."""
+    ways = (key(SAR, NIR), key(NIR, SAR))
+    assert {SAR, NIR} == UNSEEN
+    # The constant is that of the regime that does show the pair: both gains count from one zero.
+    return mean_of(
+        minus(
+            results.of(regime, method, "pairs", way, "psnr_of_mean_db"),
+            results.of("pairs_control", "mean", "pairs", way, "psnr_of_mean_db")
+            or results.of(regime, "mean", "pairs", way, "psnr_of_mean_db"),
+        )
+        for way in ways
+    )
+
+
+def markdown(bench: Bench, results: Results, pictures: Sequence[str]) -> str:
+    """All sections that there are records for."""
+    seeds = len({r["cell"]["seed"] for r in results.records})
+    sections = [
+        f"Ours beside what people would use instead: every trained model gets {bench.minutes:g} "
+        f"minutes of CPU time on each core, reading of batches included, on the same data; ± is "
+        f"the standard deviation over {seeds} seed{'s' * (seeds > 1)} of training. One synthetic "
+        f"Earth, held-out places; `real` are a few hundred patches of public rasters. `no_scene` "
+        f"is our decoder without encoder and flow (joint diffusion with a time for each "
+        f"modality); `*_split` are U-Nets and pix2pix, one for each ordered pair, the budget "
+        f"split evenly; `unet_whole` spends all of it on {key(RGB, NIR)}; `nearest_colour` "
+        f"averages the training pixels with the nearest values. PSNR and mIoU are of the mean of "
+        f"{bench.scale.samples} samples (physical values; summed class probabilities), in "
+        f"brackets of one sample.",
+        _overview(results),
+        _by_pair(results),
+        _unseen(results),
+        _sets(results),
+        _scene(results),
+        _downstream(results),
+        _behind(results),
+        *(f"![{p}]({p})" for p in pictures),
+    ]
+    return "\n\n".join(s for s in sections if s)
+
+
+def _overview(results: Results) -> str:
+    rows = []
+    for regime in results.regimes():
+        for method in results.methods(regime):
+            if method == "unet_whole":
+                continue
+
+            def of(*path: str, regime: str = regime, method: str = method) -> BySeed:
+                return results.of(regime, method, *path)
+
+            rows.append(
+                [
+                    regime,
+                    f"`{method}`",
+                    f"{shown(of(PSNR))} ({mean(of('pairs_psnr_db')):.2f})",
+                    f"{shown(of(MIOU), 3)} ({mean(of('pairs_miou')):.3f})",
+                    shown(of("pairs_ssim_of_mean"), 3),
+                    f"{mean(of('effort', 'cpu_s')):.0f}",
+                    f"{mean(of('effort', 'samples')):,.0f}",
+                    f"{mean(of('parameters')) / 1e6:.1f}",
+                ]
+            )
+    head = ["regime", "method", "PSNR dB", "mIoU", "SSIM", "CPU s", "samples seen", "M weights"]
+    return table(head, rows)
+
+
+def _by_pair(results: Results) -> str:
+    parts = []
+    for regime in results.regimes():
+        methods = results.methods(regime)
+        rows = []
+        for pair in results.pairs(regime):
+            columns = [
+                (results.of(regime, m, "pairs", pair, "psnr_of_mean_db"), 1)
+                if results.of(regime, m, "pairs", pair, "psnr_of_mean_db")
+                else (results.of(regime, m, "pairs", pair, "miou_of_mean"), 3)
+                for m in methods
+            ]
+            rows.append([pair, *(shown(values, digits) for values, digits in columns)])
+        head = [f"{regime}: PSNR dB, or mIoU", *(f"`{m}`" for m in methods)]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _unseen(results: Results) -> str:
+    rows = [
+        [f"`{m}`", *(shown(unseen_gain(results, r, m)) for r in ("pairs", "pairs_control"))]
+        for m in results.methods("pairs")
+    ]
+    if not rows:
+        return ""
+    head = [f"{NIR} and {SAR}: dB above a constant", "never seen together", "seen together"]
+    return table(head, rows) + (
+        "\n\nSpecialists, which have no network for the unseen pair, go through a third modality; "
+        "`no_scene` is asked directly; ours goes through the scene alone."
+    )
+
+
+def _sets(results: Results) -> str:
+    sources = [(f"`{m}`", m, "generated") for m in (OURS, JOINT)]
+    sources += [("real, other places", OURS, "real"), ("real, shuffled", OURS, "shuffled")]
+    columns = ("frechet", "kernel", "one_nn_accuracy", "precision", "recall", "pairwise_distance")
+    rows = []
+    for title, method, group in sources:
+
+        def of(*path: str, method: str = method) -> BySeed:
+            return results.of("complete", method, "joint", *path)
+
+        if of("features", group, "frechet"):
+            judged = [shown(of("features", group, c), 3) for c in columns]
+            agreement = [of("consistency", group, c) for c in ("nir_mae", "map_accuracy")]
+            rows.append([title, *judged, *(shown(a, 3) for a in agreement)])
+    if not rows:
+        return ""
+    head = ["sets from nothing", "Fréchet", "kernel", "1-NN", "precision", "recall", "distance"]
+    steps = []
+    for method in (OURS, JOINT):
+        for count in map(str, sorted((*OTHER_STEPS, STEPS))):
+            distance = results.of("complete", method, "joint", "steps", count)
+            psnr = results.of("complete", method, "steps", count, PSNR)
+            if distance:
+                about = f"Fréchet {shown(distance, 1)}, pairs {shown(psnr)} dB"
+                steps.append(f"- `{method}`, {count} steps: {about}")
+    return (
+        table([*head, "NIR − f(RGB)", "map = f(RGB)"], rows)
+        + "\n\nFeatures are of a small network that learnt land cover from real patches; f are "
+        "U-Nets that learnt from real ones.\n\n" + "\n".join(steps)
+    )
+
+
+def _scene(results: Results) -> str:
+    def of(*path: str) -> BySeed:
+        return results.of("complete", OURS, *path)
+
+    rows = [
+        [
+            f"{task}, `{name}`",
+            *(
+                shown(of("scenes", "probes", task, name, f"{kind}_{share}"), 1)
+                for kind in ("linear", "knn")
+                for share in ("1", "10", "100")
+            ),
+        ]
+        for task in ("cover", "water")
+        for name in ("z", "encoded_z", "random_z", "pixels", "pca")
+        if of("scenes", "probes", task, name, "linear_1")
+    ]
+    if not rows:
+        return ""
+    radar = ("pairs", key(SAR, RGB))
+    head = ["cells of 8 px, accuracy %", "linear 1 %", "10 %", "100 %", "k-NN 1 %", "10 %", "100 %"]
+    return table(head, rows) + (
+        f"\n\nScene from colour, nearest scene from radar: "
+        f"{shown(of('scenes', 'retrieval', 'rgb_to_sar_top1'))} of places are the same (chance "
+        f"{shown(of('scenes', 'retrieval', 'chance'), 3)}). Colour from radar: truth lies within "
+        f"the samples' central interval in {shown(of(*radar, 'coverage'))} of pixels (calibrated: "
+        f"{shown(of(*radar, 'nominal_coverage'))}); the mean colour of a patch varies by "
+        f"{shown(of(*radar, 'level_spread'), 3)} over samples, by "
+        f"{shown(of(*radar, 'real_level_spread'), 3)} over real scenes."
+    )
+
+
+def _downstream(results: Results) -> str:
+    titles = {
+        "few_miou": "colour → map, few real patches",
+        "few_and_generated_miou": "… and colour generated from further maps",
+        "few_and_as_many_real_miou": "… and the real colour of those (bound)",
+        "gap_real_miou": "colour and NIR → map, both real (bound)",
+        "gap_filled_miou": "… NIR generated from colour",
+        "gap_left_miou": "… NIR left empty",
+    }
+    rows = [
+        [title, *(shown(results.of("complete", m, "downstream", k), 3) for m in (OURS, JOINT))]
+        for k, title in titles.items()
+        if results.of("complete", OURS, "downstream", k)
+    ]
+    return table(["segmentation, mIoU", f"`{OURS}`", f"`{JOINT}`"], rows) if rows else ""
+
+
+def _behind(results: Results) -> str:
+    """Where another method is better than ours, in words that follow from the figures."""
+    lines = []
+    for regime in results.regimes():
+        rivals = [m for m in results.methods(regime) if m != OURS]
+        for pair in results.pairs(regime):
+            for figure, unit in (("psnr_of_mean_db", " dB"), ("miou_of_mean", "")):
+                read = _reader(results, regime, pair, figure)
+                own = mean(read(OURS))
+                best = max(rivals, key=lambda m: _or_low(mean(read(m))), default=None)
+                if best is not None and mean(read(best)) > own:
+                    ahead = mean(read(best)) - own
+                    lines.append(f"{regime} {pair} (`{best}`, by {ahead:.2g}{unit})")
+    if not lines:
+        return "No other method is better than ours in any pair of any regime."
+    return "**Where ours does not help.** Another method is better in: " + "; ".join(lines) + "."
+
+
+def _reader(
+    results: Results, regime: str, pair: str, figure: str
+) -> Callable[[str], Mapping[int, float]]:
+    return lambda method: results.of(regime, method, "pairs", pair, figure)
