@@ -119,9 +119,10 @@ def _bare(job: Job) -> tuple[Callable[[], None], int]:
         PatchStore(job.store), job.positions, job.modalities, seed=config.seed, batch=config.batch
     )
     batches = []
-    for step, (_, scene) in enumerate(dataset.batches(0, 8)):
+    for number, (_, scene, known) in enumerate(dataset.batches(0, 8)):
         x, mask = model.codec.encode(scene)
-        batches.append((x, mask, draw(model, config.seed, step, range(config.batch), mask)))
+        draws = draw(model, config.seed, number, range(config.batch), mask)
+        batches.append((x, mask, known, draws))
     objective = TrainingStep(model)
     model.train()
     done = 0
