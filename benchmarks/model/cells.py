@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,7 @@ _DATA = ("data/sources", "data/stats.py")
 _LEARNS = ("regimes.py", "training.py", "methods.py", "specialists.py", "trivial.py")
 _SPEAKS = ("__main__.py", "report.py", "tables.py", "sheets.py")
 _JUDGES = ("regimes.py", "training.py", "specialists.py", "judges.py")
+_JUDGING_S = 600.0  # of a cell, as long as none was seen
 _FIGURES = ("evaluation/distributions.py", "evaluation/probes.py", "evaluation/metrics.py")
 
 
@@ -108,7 +109,7 @@ class Bench:
         self.minutes, self.scale = minutes, scale
         for what in ("record", "weights", "judges"):
             _digest_of(what)  # now: files may change while it runs
-        self.data = folder / f"data-{scale.key}"
+        self.data = folder / f"data-{scale.data_key}"
         self.folder = folder / (f"{minutes:g}min" + ("" if scale == Scale() else f"-{scale.key}"))
         self._regimes: dict[str, Regime] = {}
 
@@ -125,7 +126,7 @@ class Bench:
 
     def judges(self, regime: Regime) -> Judges:
         steps = self.scale.judge_steps
-        name = f"judges-{regime.name}-{_digest_of('judges')[:12]}.safetensors"
+        name = f"judges-{regime.name}-{steps}-{_digest_of('judges')[:12]}.safetensors"
         return open_judges(regime, steps, self.data / name)
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
@@ -142,7 +143,6 @@ class Bench:
         if found is not None:
             return found
         method, effort = self.trained(cell)
-        began = time.perf_counter()
         made = {
             "cell": asdict(cell),
             "digest": _digest_of("record"),
@@ -150,7 +150,6 @@ class Bench:
             "effort": asdict(effort),
             "parameters": sum(p.numel() for p in method.module.parameters()),
             **self._evaluate(cell, method),
-            "evaluation_s": time.perf_counter() - began,
         }
         write_atomically(self._file(cell), json.dumps(made, indent=1).encode())
         return made
@@ -187,39 +186,41 @@ class Bench:
         # Where nothing but pairs was seen, every target is decoded by itself: four times the work.
         patches = scale.patches // 2 if cell.regime.startswith("pairs") else scale.patches
         only = (RGB, NIR) if cell.method == "unet_whole" else None
-        rows = evaluate_pairs(method, regime, patches=patches, samples=scale.samples, only=only)
-        found: dict[str, Any] = {"pairs": rows, **summary(rows)}
-        if not isinstance(method, SceneMethod) or not regime.reference_at[0]:
-            return found
-        if cell.regime != "complete":
-            return found
-        found["steps"] = {
-            str(steps): summary(
-                evaluate_pairs(
-                    method,
-                    regime,
-                    patches=max(1, patches // 4),
-                    samples=scale.samples,
-                    steps=steps,
+
+        def pairs(count: int, steps: int = STEPS) -> dict[str, dict[str, Any]]:
+            return evaluate_pairs(
+                method, regime, patches=count, samples=scale.samples, steps=steps, only=only
+            )
+
+        parts: dict[str, Callable[[], Any]] = {"pairs": lambda: pairs(patches)}
+        if isinstance(method, SceneMethod) and cell.regime == "complete":
+            few = max(1, patches // 8)
+            parts["steps"] = lambda: {
+                str(steps): summary(pairs(few, steps)) for steps in (STEPS, *OTHER_STEPS)
+            }
+            parts["joint"] = lambda: evaluate_joint(
+                method, regime, self.judges(regime), sets=scale.joint
+            )
+            parts["downstream"] = lambda: evaluate_downstream(
+                method,
+                regime,
+                patches=patches,
+                labelled=scale.labelled,
+                maps=scale.maps,
+                steps=scale.downstream_steps,
+                seed=cell.seed,
+            )
+            if method.has_scene:
+                parts["scenes"] = lambda: evaluate_scenes(
+                    method, regime, patches=len(regime.test_at), taught=scale.probe_patches
                 )
-            )
-            for steps in (STEPS, *OTHER_STEPS)
-        }
-        found["joint"] = evaluate_joint(method, regime, self.judges(regime), sets=scale.joint)
-        found["downstream"] = evaluate_downstream(
-            method,
-            regime,
-            patches=patches,
-            labelled=scale.labelled,
-            maps=scale.maps,
-            steps=scale.downstream_steps,
-            seed=cell.seed,
-        )
-        if method.has_scene:
-            found["scenes"] = evaluate_scenes(
-                method, regime, patches=len(regime.test_at), taught=scale.probe_patches
-            )
-        return found
+        found: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        for name, part in parts.items():
+            began = time.perf_counter()
+            found[name] = part()
+            seconds[name] = round(time.perf_counter() - began, 1)
+        return {**found, **summary(found["pairs"]), "judging_s": seconds}
 
 
 def _load(file: Path, method: Method) -> Effort | None:
@@ -250,7 +251,7 @@ def run_all(bench: Bench, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         _say(f"{cell}: {number} of {len(open_)}; about {seconds / 60:.0f} min left for all")
         began = time.perf_counter()
         made = bench.run(cell)
-        judged_s[cell.method] = made["evaluation_s"]
+        judged_s[cell.method] = sum(made["judging_s"].values())
         psnr = made.get("pairs_psnr_of_mean_db", float("nan"))
         effort = made["effort"]
         _say(
@@ -264,7 +265,7 @@ def run_all(bench: Bench, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _expected_s(bench: Bench, cell: Cell, judged_s: dict[str, float]) -> float:
     """Seconds that a cell takes: its training, and judging as long as the method took before."""
     training = bench.minutes * 60 if cell.method in TRAINED else 0
-    return training + judged_s.get(cell.method, max(judged_s.values(), default=60.0))
+    return training + judged_s.get(cell.method, max(judged_s.values(), default=_JUDGING_S))
 
 
 def _say(text: str) -> None:

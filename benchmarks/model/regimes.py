@@ -77,6 +77,11 @@ class Scale:
         """Tells scales apart in names of folders."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
 
+    @property
+    def data_key(self) -> str:
+        """The same for data, which scales of the same places share."""
+        return f"{self.train_places}-{self.test_places}-{self.reference_places}"
+
 
 SMALL = Scale(6, 3, 8, 4, 2, 16, 8, 8, 8, 20, 10)
 """Enough to see every line run."""
