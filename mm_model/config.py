@@ -49,16 +49,23 @@ class GeotiffConfig(Section):
     manifest: Path = Field(description="YAML manifest, relative to params.yaml")
 
 
+class StacConfig(Section):
+    """Images that a STAC catalogue finds."""
+
+    search: Path = Field(description="folder with search.yaml and the lock, from params.yaml")
+
+
 class PrepareConfig(Section):
     """Rasters to co-registered patches."""
 
-    source: Literal["synthetic", "geotiff"]
+    source: Literal["synthetic", "geotiff", "stac"]
     patch_px: Annotated[int, Field(ge=16, le=1024, multiple_of=8)]
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None
+    stac: StacConfig | None = None
 
     @model_validator(mode="after")
     def _ascends(self) -> PrepareConfig:

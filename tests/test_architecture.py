@@ -25,7 +25,10 @@ VENDORS = {
     "prefect": ("flows/",),
     "supervisor": ("mm_model/adapters/",),
     "dvc": ("mm_model/adapters/",),
-    "rasterio": ("mm_model/data/raster.py",),
+    "rasterio": ("mm_model/data/raster.py", "mm_model/data/remote.py"),
+    "pystac_client": ("mm_model/data/sources/stac/search.py",),
+    "pystac": ("mm_model/data/sources/stac/search.py",),
+    "requests": ("mm_model/data/sources/stac/search.py",),  # what pystac_client raises
     "yaml": ("mm_model/config.py",),
     "fastapi": ("mm_model/serving/app.py",),
     "starlette": ("mm_model/serving/app.py",),
@@ -40,6 +43,7 @@ VENDORS = {
         "mm_model/cli/",
         "mm_model/adapters/",
         "mm_model/data/prepare.py",
+        "mm_model/data/sources/stac/search.py",
         "mm_model/evaluation/evaluate.py",
     ),
 }

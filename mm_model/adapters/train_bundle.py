@@ -20,6 +20,7 @@ from mm_model.adapters.train_progress import following
 from mm_model.bundle import Manifest, load_manifest, save_bundle
 from mm_model.config import Params, parse, read_yaml
 from mm_model.data.sources.manifest import ManifestFile
+from mm_model.data.sources.stac.source import licences
 from mm_model.data.split import TRAIN, VALIDATION, load_split
 from mm_model.data.store import INDEX, PatchStore
 from mm_model.errors import ConfigError
@@ -219,6 +220,8 @@ def _figures(job: Job) -> dict[str, Any]:
 
 def _sources(params: Params, folder: Path) -> Mapping[str, Mapping[str, str]]:
     """Name → licence and attribution of the data sets that were trained on."""
+    if params.prepare.source == "stac" and params.prepare.stac is not None:
+        return licences(folder / params.prepare.stac.search, params.selected)
     if params.prepare.source == "synthetic" or params.prepare.geotiff is None:
         return {"synthetic": {"licence": "computed by this project, free of any right"}}
     path = folder / params.prepare.geotiff.manifest

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from mm_model.adapters import environment
 from mm_model.config import load_params
+from mm_model.data.sources.stac.places import places_of
+from mm_model.data.sources.stac.request import load_request
 from mm_model.errors import MMError
 
 # One package for each seam; their exact versions stand in constraints.txt.
@@ -149,6 +151,13 @@ def _pipeline() -> Iterator[Finding]:
             str(geotiff.manifest),
             None if there else "write it, or correct prepare.geotiff.manifest",
         )
+    stac = params.prepare.stac
+    if params.prepare.source == "stac" and stac is not None:
+        try:
+            request = load_request(stac.search, params.selected)
+            yield Finding("search", f"{len(places_of(request))} places, {request.catalogue.url}")
+        except MMError as error:
+            yield Finding("search", "wrong", str(error))
 
 
 def _services() -> Iterator[Finding]:

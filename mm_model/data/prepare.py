@@ -21,6 +21,7 @@ from mm_model.data.files import sync_folder, write_atomically
 from mm_model.data.patch import Layer, Source, Unit
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.pyramid import Pyramid
+from mm_model.data.sources.stac.source import StacSource
 from mm_model.data.sources.synthetic import SyntheticSource
 from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import DataError
@@ -33,6 +34,7 @@ _CODE = (
     "data/align.py",
     "data/prepare.py",
     "data/raster.py",
+    "data/remote.py",
     "data/sources",
     "data/store.py",
     "geo",
@@ -44,7 +46,7 @@ def open_source(config: PrepareConfig, modalities: Sequence[Modality]) -> Source
     """The source that params.yaml names, at every distance of it.
 
     Raises:
-        ConfigError: a manifest is wrong, or the synthetic Earth has no such places.
+        ConfigError: a manifest or search is wrong, or the synthetic Earth has no such places.
     """
 
     def at(gsd_m: float) -> Source:
@@ -53,6 +55,9 @@ def open_source(config: PrepareConfig, modalities: Sequence[Modality]) -> Source
             return SyntheticSource(
                 config.synthetic, config.patch_px, gsd_m, modalities, finest_gsd_m=config.gsd_m[0]
             )
+        if config.source == "stac":
+            assert config.stac is not None
+            return StacSource(config.stac.search, config.patch_px, gsd_m, modalities)
         assert config.geotiff is not None
         return GeotiffSource(config.geotiff.manifest, config.patch_px, gsd_m, modalities)
 

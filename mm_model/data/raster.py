@@ -1,4 +1,4 @@
-"""GeoTIFF files, and the warping of images between grids; the only module that knows rasterio.
+"""GeoTIFF files, and the warping of images between grids; only remote.py knows rasterio besides.
 
 The driver is always GTiff. Left to choose, GDAL would take a VRT for a raster and read any file of
 this machine that it names.
@@ -106,7 +106,7 @@ def read_header(file: Path | bytes, name: str | None = None) -> RasterHeader:
         RasterError: the file is missing, empty, or no GeoTIFF; the message names it.
     """
     with _open(file, name) as dataset:
-        return _header(dataset)
+        return header_of(dataset)
 
 
 def read_raster(
@@ -120,12 +120,12 @@ def read_raster(
     """
     label = _label(file, name)
     with _open(file, name) as dataset:
-        header = _header(dataset)
+        header = header_of(dataset)
         if np.dtype(header.dtype).kind not in "iuf":
             raise RasterError(
                 f"{label}: pixel type", got=header.dtype, allowed="integers or floats"
             )
-        numbers = _band_numbers(header, bands, label)
+        numbers = band_numbers(header, bands, label)
         values = dataset.read(numbers)
         valid = (dataset.read_masks(numbers) != 0).all(axis=0)
     if values.dtype.kind == "f":
@@ -281,7 +281,7 @@ def same_crs(first: str, second: str) -> bool:
 
 def to_lonlat(crs: str, xs: Sequence[float], ys: Sequence[float]) -> NDArray[np.float64]:
     """Longitude and latitude in degrees [n, 2] of points in a reference system."""
-    return np.array(_transform_points(crs, "EPSG:4326", xs, ys), dtype=np.float64).T
+    return np.array(transform_xy(crs, "EPSG:4326", xs, ys), dtype=np.float64).T
 
 
 def metric_grid(grid: Grid, crs: str, gsd_m: float) -> Grid:
@@ -356,7 +356,7 @@ def source_pixels_per_target(source: Grid, target: Grid) -> float:
     """How many source pixels, along a side, a pixel in the middle of the target spans."""
     row, col = target.height / 2, target.width / 2
     corners = [target.xy(row, col), target.xy(row, col + 1), target.xy(row + 1, col)]
-    xs, ys = _transform_points(target.crs, source.crs, *zip(*corners, strict=True))
+    xs, ys = transform_xy(target.crs, source.crs, *zip(*corners, strict=True))
     at = np.array([source.row_col(x, y) for x, y in zip(xs, ys, strict=True)])
     return float(np.linalg.norm(at[1:] - at[0], axis=1).max())
 
@@ -383,9 +383,10 @@ def _reproject(
     return out
 
 
-def _transform_points(
+def transform_xy(
     source: str, target: str, xs: Sequence[float], ys: Sequence[float]
 ) -> tuple[list[float], list[float]]:
+    """Coordinates in another reference system; raises GeoreferenceError where it has none."""
     if same_crs(source, target):
         return list(xs), list(ys)
     try:
@@ -458,7 +459,8 @@ def _open(file: Path | bytes, name: str | None) -> Iterator[Any]:
         ) from error
 
 
-def _header(dataset: Any) -> RasterHeader:
+def header_of(dataset: Any) -> RasterHeader:
+    """What an open dataset says of itself."""
     return RasterHeader(
         Grid(
             crs_to_string(dataset.crs),
@@ -477,7 +479,8 @@ def _header(dataset: Any) -> RasterHeader:
     )
 
 
-def _band_numbers(header: RasterHeader, bands: Sequence[int | str] | None, label: str) -> list[int]:
+def band_numbers(header: RasterHeader, bands: Sequence[int | str] | None, label: str) -> list[int]:
+    """Numbers from 1 of the bands asked for; raises RasterError for one that is not there."""
     if bands is None:
         return list(range(1, header.bands + 1))
     numbers = []

@@ -22,6 +22,7 @@ def folder(tmp_path):
     params |= {"project": str(ROOT), "modalities": [m.name for m in FOUR]}
     params["prepare"] |= {"source": "geotiff", "patch_px": 16, "min_valid_fraction": 0.2}
     params["prepare"]["geotiff"] = {"manifest": "manifest.yaml"}
+    params["prepare"]["stac"] = {"search": "manifest.yaml"}  # not read
     params["split"]["margin_m"] = 0
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(manifest(tmp_path / "rasters")))

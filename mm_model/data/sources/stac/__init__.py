@@ -1,0 +1,1 @@
+"""Satellite images that a STAC catalogue finds (docs/stac.md)."""
