@@ -1,7 +1,8 @@
-"""Windows of cloud-optimised GeoTIFFs over HTTP, read without fetching the files.
+"""Small documents, and windows of cloud-optimised GeoTIFFs, over HTTP.
 
-GDAL fetches the byte ranges. It repeats a request by itself a few times; what it gives up on is
-opened again here after a while, with a fresh signature where the old one was refused.
+GDAL fetches the byte ranges and keeps them for a while: neighbours share headers and blocks. It
+repeats a request by itself a few times; what it gives up on is opened again here after a while,
+with a fresh signature where the old one was refused.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
+import httpx
 import numpy as np
 import rasterio
 from rasterio.enums import Resampling
@@ -28,7 +31,12 @@ T = TypeVar("T")
 # Of one window, all bands together: a place is some hundred pixels wide, this is 8192 x 8192.
 _MOST_VALUES = 1 << 26
 _EDGE_POINTS = 9  # by which the outline of a grid is followed into another reference system
-_REFUSED = re.compile(r"HTTP (?:response code|error code)\s*:? ?(\d{3})|\b(40[0-9]|410)\b")
+_STATUS = re.compile(r"HTTP (?:response|error) code ?: ?(\d{3})")
+_KEPT_BYTES = 1 << 27  # of fetched ranges; some blocks of each band of a few places
+_MOST_BYTES = 1 << 24  # of a document
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_LEAVE_IT = "name its item under `exclude` in search.yaml"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,39 @@ class Patience:
 
 
 PATIENT = Patience()
+
+
+def fetch(
+    url: str, patience: Patience, headers: Mapping[str, str] = MappingProxyType({})
+) -> httpx.Response:
+    """A small document, asked for again while the server is busy or broken.
+
+    Raises:
+        ServiceError: it does not come, though asked patiently, or is larger than 16 MiB.
+    """
+    cause = ""
+    for attempt in range(1, patience.attempts + 1):
+        asked_to_wait_s = 0.0
+        try:
+            response = httpx.get(
+                url, headers=dict(headers), timeout=patience.timeout_s, follow_redirects=True
+            )
+            if response.is_success and len(response.content) <= _MOST_BYTES:
+                return response
+            cause = f"HTTP {response.status_code}, {len(response.content)} bytes"
+            if response.status_code not in _AGAIN:
+                break
+            told = response.headers.get("retry-after", "")
+            asked_to_wait_s = float(told) if told.isdigit() else 0.0
+        except httpx.HTTPError as error:
+            cause = f"{type(error).__name__} {error}"
+        if attempt < patience.attempts:
+            patience.wait(attempt, asked_to_wait_s)
+    raise ServiceError(
+        f"{url.split('?')[0]} does not answer",
+        got=cause,
+        remedy="run it again later: what was found and read is kept",
+    )
 
 
 def read_window(
@@ -82,6 +123,8 @@ def read_window(
 
     def read(dataset: Any) -> Raster | None:
         header = header_of(dataset)
+        if not header.grid.crs:
+            raise RasterError(f"{href} has no reference system", remedy=_LEAVE_IT)
         numbers = band_numbers(header, bands, href)
         window = _covering(header.grid, target)
         if window is None:
@@ -139,12 +182,16 @@ def _patiently(
         )
     cause, refused = "", False
     for attempt in range(1, patience.attempts + 1):
+        signed = sign(href, refused)
+        # GDAL keeps failures, too, by address. Behind "#" a server sees nothing of it.
+        again = f"#{attempt}" if attempt > 1 else ""
         try:
-            with rasterio.Env(**_options(patience)):
-                # Left to choose, GDAL would take any format, VRT among them, from a stranger.
-                path = f"/vsicurl/{sign(href, refused)}"
-                with rasterio.open(path, driver="GTiff") as dataset:
-                    return read(dataset)
+            # Left to choose, GDAL would take any format, VRT among them, from a stranger.
+            with (
+                rasterio.Env(**_options(patience)),
+                rasterio.open(f"/vsicurl/{signed}{again}", driver="GTiff") as dataset,
+            ):
+                return read(dataset)
         except RasterioError as error:
             cause = _cause(error)
         status = _status(cause)
@@ -152,18 +199,36 @@ def _patiently(
             raise RasterError(
                 f"{href} does not exist",
                 got=f"HTTP {status}",
-                remedy="delete its place from the lock file to search again",
+                remedy=_LEAVE_IT,
+            )
+        if status is None and _is_no_tiff(signed, patience):
+            raise RasterError(
+                f"{href} is no GeoTIFF",
+                got=cause,
+                allowed="a GeoTIFF file",
+                remedy=_LEAVE_IT,
             )
         refused = status in {401, 403}
         if attempt < patience.attempts and not (refused and attempt == 1):
             patience.wait(attempt)
-    if _is_not_a_tiff(cause):  # said only now: half an answer looks like no GeoTIFF, too
-        raise RasterError(f"{href} is no GeoTIFF", got=cause, allowed="a GeoTIFF file")
     raise ServiceError(
         f"{href} cannot be read",
         got=f"{cause}, {patience.attempts} times",
         remedy="run it again later: what was read is kept",
     )
+
+
+def _is_no_tiff(signed: str, patience: Patience) -> bool:
+    """Whether a server answers, and with something else; half a GeoTIFF looks like none to GDAL."""
+    ask = {"Range": "bytes=0-3"}
+    try:
+        with httpx.stream(
+            "GET", signed, headers=ask, timeout=patience.timeout_s, follow_redirects=True
+        ) as response:
+            begin = next(response.iter_bytes(4), b"") if response.is_success else b""
+    except httpx.HTTPError:
+        return False
+    return len(begin) == 4 and begin not in _TIFF
 
 
 def _options(patience: Patience) -> dict[str, Any]:
@@ -176,8 +241,7 @@ def _options(patience: Patience) -> dict[str, Any]:
         "GDAL_HTTP_RETRY_DELAY": patience.first_wait_s / 2,
         "GDAL_HTTP_TIMEOUT": max(1, round(patience.timeout_s)),
         "GDAL_HTTP_CONNECTTIMEOUT": max(1, round(min(10, patience.timeout_s))),
-        # What failed once must not be answered from a cache when it is asked again.
-        "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/",
+        "CPL_VSIL_CURL_CACHE_SIZE": _KEPT_BYTES,
     }
 
 
@@ -210,9 +274,5 @@ def _cause(error: RasterioError) -> str:
 
 
 def _status(cause: str) -> int | None:
-    match = _REFUSED.search(cause)
-    return int(match.group(1) or match.group(2)) if match else None
-
-
-def _is_not_a_tiff(cause: str) -> bool:
-    return "not recognized as being in a supported file format" in cause
+    match = _STATUS.search(cause)
+    return int(match.group(1)) if match else None

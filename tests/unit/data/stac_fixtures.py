@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from stac_server import StacServer
 
 from mm_model.data.raster import transform_xy
 from mm_model.data.remote import Patience
-from mm_model.data.sources.stac.request import SEARCH_FILE, declared_products
+from mm_model.data.sources.stac.request import LOCK_FILE, SEARCH_FILE, declared_products
 from mm_model.data.sources.stac.source import StacSource
 from mm_model.data.sources.synthetic.sensors import Acquisition
 from mm_model.data.sources.synthetic.source import render
@@ -27,9 +28,14 @@ CRS, SEED, PATCH_PX, GSD_M, SIDE_M = "EPSG:32633", 5, 32, 10.0, 960.0
 # A scene of 5.6 x 4.4 km, with Sentinel-2's pixels of 10 m; the place is 96 px in its middle.
 SCENE = Grid(CRS, (10.0, 0.0, 500_040.0, 0.0, -10.0, 5_300_040.0), 440, 560)
 PLACE = Grid(CRS, (10.0, 0.0, 502_020.0, 0.0, -10.0, 5_298_000.0), 96, 96)
+UNIT = "here/2021-06-21"
 HASTE = Patience(attempts=4, first_wait_s=0.02, timeout_s=5.0)
 JUNE = Acquisition(dt.date(2021, 6, 21), seed=3)
 OPTICAL = {"red": ("rgb", 0), "green": ("rgb", 1), "blue": ("rgb", 2), "nir": ("nir", 0)}
+RED_EDGE = {
+    "rededge1": "B05", "rededge2": "B06", "rededge3": "B07",
+    "nir08": "B8A", "swir16": "B11", "swir22": "B12",
+}  # fmt: skip
 WORLDCOVER_CODES = np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100], np.uint8)
 
 
@@ -96,15 +102,22 @@ def sentinel2(
         stored = np.clip(stored, 1, 65535).astype("uint16")
         stored[:, :20] = 0  # beyond the swath
         write_cog(folder / name / f"{band}.tif", stored, SCENE, nodata=0)
+    rest = np.arange(6)[:, None, None] * 1000 + 500 + added  # of 20 m: one number a band
+    for band, numbers in zip(RED_EDGE, rest, strict=True):
+        coarse = SCENE.coarser(2)
+        write_cog(
+            folder / name / f"{band}.tif",
+            np.full(coarse.shape, numbers, "uint16"),
+            coarse,
+            nodata=0,
+        )
     scl = np.full((SCENE.height // 2, SCENE.width // 2), 4, "uint8")
     if covered is not None:
         rows, cols, code = covered
         window(scl, 2)[rows, cols] = code
     write_cog(folder / name / "scl.tif", scl, SCENE.coarser(2), nodata=0)
-    assets = {**{b: b for b in OPTICAL}, "scl": "scl"}
-    names = {"red": "B04", "green": "B03", "blue": "B02", "nir": "B08", "scl": "SCL"}
-    files = {names[b]: (f"{name}/{b}.tif", {}) for b in assets}
-    files |= {b: (f"{name}/{b}.tif", {}) for b in assets}
+    names = {"red": "B04", "green": "B03", "blue": "B02", "nir": "B08", "scl": "SCL", **RED_EDGE}
+    files = {key: (f"{name}/{b}.tif", {}) for b, both in names.items() for key in (both, b)}
     if baseline is not None:
         properties["s2:processing_baseline"] = baseline
     return item("sentinel-2-l2a", name, date, files, **{"eo:cloud_cover": cloud}, **properties)
@@ -169,6 +182,25 @@ def landsat(folder, name, date):
     return item("landsat-c2-l2", name, date, files, **{"eo:cloud_cover": 1.0})
 
 
+def panchromatic(folder, name, date, reflectance, sun_elevation):
+    """One reflectance everywhere, stored as if the sun stood overhead."""
+    stored = (reflectance * np.sin(np.radians(sun_elevation)) + 0.1) / 2e-5
+    numbers = np.full(SCENE.shape, np.round(stored), "uint16")
+    write_cog(folder / name / "pan.tif", numbers, SCENE, nodata=0)
+    qa = np.full(SCENE.coarser(2).shape, 1 << 6, "uint16")
+    write_cog(folder / name / "qa.tif", qa, SCENE.coarser(2), nodata=1)
+    files = {"pan": (f"{name}/pan.tif", {}), "qa_pixel": (f"{name}/qa.tif", {})}
+    properties = {"view:sun_elevation": sun_elevation} if sun_elevation > 0 else {}
+    return item("landsat-c2l1", name, date, files, **properties)
+
+
+def naip(folder, name, date):
+    """Four bands of one file, of eight bits."""
+    stored = np.clip(np.round(np.concatenate([truth("rgb"), truth("nir")]) * 255), 0, 255)
+    write_cog(folder / f"{name}.tif", stored.astype("uint8"), SCENE)
+    return item("naip", name, date, {"image": (f"{name}.tif", {})})
+
+
 def write_search(folder: Path, server: StacServer, profile="planetary-computer", **keys) -> Path:
     """search.yaml for a declared catalogue, with its addresses on loopback."""
     catalogue = declared_products().catalogues[profile].model_dump(mode="json")
@@ -209,3 +241,22 @@ def mosaic(made: StacSource, unit_id: str, name: str) -> tuple[np.ndarray, np.nd
     values = [np.concatenate([x.values for x in row], axis=2) for _, row in sorted(rows.items())]
     valid = [np.concatenate([x.valid for x in row], axis=1) for _, row in sorted(rows.items())]
     return np.concatenate(values, axis=1), np.concatenate(valid)
+
+
+def expected_reflectance(name):
+    """What was rendered, as a product stores it: in steps of 0.0001."""
+    return np.clip(np.round(window(truth(name)) / 1e-4), 1e-9, None) * 1e-4
+
+
+def pins(folder):
+    """What the lock says of the place."""
+    return json.loads((folder / LOCK_FILE).read_text())["places"]["here"]
+
+
+def assert_reflectance(made, unit_id=UNIT, known=None):
+    for name in ("rgb", "nir"):
+        values, valid = mosaic(made, unit_id, name)
+        known = np.ones(PLACE.shape, bool) if known is None else known
+        np.testing.assert_array_equal(valid, known)
+        wanted = expected_reflectance(name)
+        np.testing.assert_allclose(values[:, valid], wanted[:, valid], atol=1.1e-4)

@@ -26,6 +26,7 @@ class PinnedItem(Section):
         baseline: processing baseline, where the catalogue says it.
         cloud: of the scene, percent, where the catalogue says it.
         offset, offset_from: of its numbers, and what told that; None for the product's own.
+        sun_elevation: by whose sine reflectance is divided, degrees; None where it is not.
         assets: band of the product → address without signature; "#n" behind it is a band's number.
     """
 
@@ -36,6 +37,7 @@ class PinnedItem(Section):
     cloud: float | None = None
     offset: float | None = None
     offset_from: str | None = None
+    sun_elevation: float | None = None
     assets: dict[str, str]
 
 
@@ -67,6 +69,12 @@ class PinnedPlace(Section):
     timeless: dict[str, tuple[PinnedItem, ...]]
     acquisitions: tuple[PinnedAcquisition, ...]
     passed_over: dict[str, str] = Field({})
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all items."""
+        groups = [self.timeless, *(a.images for a in self.acquisitions)]
+        return {item.id for images in groups for items in images.values() for item in items}
 
 
 class Lock(Section):
@@ -120,8 +128,10 @@ def asked(request: Request, place: Place) -> str:
         "bands": {e: request.bands(e) for e in entries},
         "where": {e: request.products[e].where for e in entries},
         "timeless": {e: request.products[e].timeless for e in entries},
+        "sine": {e: request.products[e].divide_by_sine_of for e in entries},
         "search": search.model_dump(
-            mode="json", exclude={"catalogue", "products", "area", "places", "side_m", "declare"}
+            mode="json",
+            exclude={"catalogue", "products", "area", "places", "side_m", "declare", "exclude"},
         ),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

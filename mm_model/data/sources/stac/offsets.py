@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mm_model.data.remote import Patience, read_overview
+from mm_model.data.remote import Patience, fetch, read_overview
 from mm_model.data.sources.stac.request import BaselineOffset, Collection, Product
-from mm_model.data.sources.stac.signing import fetch
 
 Sign = Callable[[str, bool], str]
 _BASELINES = ("s2:processing_baseline", "processing:version")
@@ -117,7 +116,9 @@ def _declared(item: Mapping[str, Any], assets: Sequence[str]) -> tuple[float, st
     told = set()
     for name in assets:
         asset = item["assets"][name.partition("#")[0]]
-        band: Mapping[str, Any] = next(iter([*asset.get("raster:bands", []), *asset.get("bands", [])]), {})
+        band: Mapping[str, Any] = next(
+            iter([*asset.get("raster:bands", []), *asset.get("bands", [])]), {}
+        )
         scale = band.get("scale", band.get("raster:scale", asset.get("raster:scale")))
         offset = band.get("offset", band.get("raster:offset", asset.get("raster:offset")))
         told.add(None if scale is None and offset is None else float(offset or 0.0))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +26,8 @@ from mm_model.modalities import Modality
 
 # Requests wait for a distant server most of their time.
 _AT_ONCE = 8
+# rasterio silences a warning while it warps, for the whole process: threads would undo it.
+_ONE_WARPS = threading.Lock()
 _CLEAR_GSD_M = 60.0  # at which clouds over a place are counted
 
 
@@ -33,7 +39,8 @@ def clear_share(
     grid = place.grid(_CLEAR_GSD_M)
     seen = np.zeros(grid.shape, np.bool_)
     for item in items:
-        raster = _read_bands(item, (product.hidden.band,), grid, sign, patience)
+        address, number = split_band(item.assets[product.hidden.band])
+        raster = read_window(address, sign, grid, bands=[number], patience=patience)
         if raster is not None:
             seen |= _clear_on(raster, product.hidden, grid)
     return float(seen.mean())
@@ -49,30 +56,38 @@ def read_layers(
 ) -> dict[str, Layer]:
     """Layers of one product on a grid, by modality; items in their order, the first to know wins.
 
+    All windows are fetched at once, each file opened once; then they are computed one by one.
+
     Raises:
         RasterError: a file cannot be used; the message names it.
         ServiceError: a server does not deliver.
     """
-    jobs = [(item, m) for item in items for m in modalities]
-    hidden: dict[str, Raster | None] = {}
+    needed = [b for m in modalities for b in product.layers[m.name]]
+    needed += [product.hidden.band] if product.hidden is not None else []
+    files: dict[str, set[int]] = {}
+    for item in items:
+        for band in needed:
+            address, number = split_band(item.assets[band])
+            files.setdefault(address, set()).add(number)
+
+    def read(address: str) -> Raster | None:
+        return read_window(address, sign, grid, bands=sorted(files[address]), patience=patience)
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        if product.hidden is not None:
-            band = (product.hidden.band,)
-            read = pool.map(lambda i: _read_bands(i, band, grid, sign, patience), items)
-            hidden = {i.id: raster for i, raster in zip(items, read, strict=True)}
+        windows = dict(zip(files, pool.map(read, files), strict=True))
 
-        def layer(
-            job: tuple[PinnedItem, Modality],
-        ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-            item, modality = job
-            return _read_layer(item, product, modality, grid, hidden.get(item.id), sign, patience)
+    def stored(item: PinnedItem, band: str) -> tuple[NDArray[Any], Raster] | None:
+        address, number = split_band(item.assets[band])
+        raster = windows[address]
+        if raster is None:
+            return None
+        return raster.values[sorted(files[address]).index(number)], raster
 
-        parts = list(pool.map(layer, jobs))
     out: dict[str, Layer] = {}
     for modality in modalities:
-        mine = [part for (_, m), part in zip(jobs, parts, strict=True) if m is modality]
-        values, valid = mine[0]
-        for more, known in mine[1:]:
+        values, valid = _layer(items[0], product, modality, grid, stored)
+        for item in items[1:]:
+            more, known = _layer(item, product, modality, grid, stored)
             fresh = known & ~valid
             values, valid = np.where(fresh, more, values), valid | fresh
         date = None if product.timeless else items[0].datetime[:10]
@@ -80,55 +95,64 @@ def read_layers(
     return out
 
 
-def _read_layer(
+def _layer(
     item: PinnedItem,
     product: Product,
     modality: Modality,
     grid: Grid,
-    hidden: Raster | None,
-    sign: Sign,
-    patience: Patience,
-) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    stored: Callable[[PinnedItem, str], tuple[NDArray[Any], Raster] | None],
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """One modality of one item: [bands, H, W] on the grid, and which pixels are known in all."""
-    values = np.zeros((len(modality.bands), *grid.shape), modality.dtype)
-    valid = np.ones(grid.shape, np.bool_)
     bands = product.layers[modality.name]
-    for file in dict.fromkeys(split_band(item.assets[b])[0] for b in bands):
-        at = [k for k, b in enumerate(bands) if split_band(item.assets[b])[0] == file]
-        raster = _read_bands(item, [bands[k] for k in at], grid, sign, patience)
-        if raster is None or (product.hidden is not None and hidden is None):
-            return values, np.zeros_like(valid)
+    values = np.zeros((len(bands), *grid.shape), modality.dtype)
+    nothing = values, np.zeros(grid.shape, np.bool_)
+    hidden: Raster | None = None
+    if product.hidden is not None:
+        found = stored(item, product.hidden.band)
+        if found is None:
+            return nothing
+        hidden = replace(found[1], values=found[0][None])
+    # Bands of one file go on together: they share grid and mask.
+    by_file: dict[str, list[int]] = {}
+    for k, band in enumerate(bands):
+        by_file.setdefault(split_band(item.assets[band])[0], []).append(k)
+    valid = np.ones(grid.shape, np.bool_)
+    for file, at in by_file.items():
+        parts = [part for k in at if (part := stored(item, bands[k])) is not None]
+        if not parts:
+            return nothing
+        numbers, raster = np.stack([part for part, _ in parts]), parts[0][1]
         known = raster.valid
         for nodata in product.nodata:
-            known = known & (raster.values != nodata).all(axis=0)
+            known = known & (numbers != nodata).all(axis=0)
         if product.hidden is not None and hidden is not None:
             known = known & _clear_on(hidden, product.hidden, raster.grid)
         if product.classes is not None:
-            physical, known = to_classes(raster.values, known, product.classes, file)
+            physical, known = to_classes(numbers, known, product.classes, file)
         else:
-            offset = product.offset if item.offset is None else item.offset
+            scale, offset = _decoding(item, product)
             physical, known = to_physical(
-                raster.values,
+                numbers,
                 known,
                 modality,
-                scales=[product.scale] * len(at),
+                scales=[scale] * len(at),
                 offsets=[offset] * len(at),
                 linear_power=product.unit == LINEAR_POWER,
                 out_of_range=product.out_of_range,
                 where=file,
             )
         values[at], known = resample(physical, known, raster.grid, grid, modality)
-        valid &= known
+        valid = valid & known
     return values, valid
 
 
-def _read_bands(
-    item: PinnedItem, bands: Sequence[str], grid: Grid, sign: Sign, patience: Patience
-) -> Raster | None:
-    """Bands of one file, which is opened once for all of them."""
-    addresses = [split_band(item.assets[b]) for b in bands]
-    numbers = [number for _, number in addresses]
-    return read_window(addresses[0][0], sign, grid, bands=numbers, patience=patience)
+def _decoding(item: PinnedItem, product: Product) -> tuple[float, float]:
+    """Scale and offset of an item's numbers."""
+    offset = product.offset if item.offset is None else item.offset
+    if item.sun_elevation is None:
+        return product.scale, offset
+    overhead = math.sin(math.radians(item.sun_elevation))
+    return product.scale / overhead, offset / overhead
 
 
 def _clear_on(raster: Raster, hidden: Hidden, grid: Grid) -> NDArray[np.bool_]:
@@ -138,5 +162,6 @@ def _clear_on(raster: Raster, hidden: Hidden, grid: Grid) -> NDArray[np.bool_]:
     for bit in hidden.bits:
         covered |= (codes.astype(np.int64) >> bit & 1).astype(np.bool_)
     clear = raster.valid & ~covered
-    _, known = warp(clear[None].astype(np.uint8), clear, raster.grid, grid, categorical=True)
+    with _ONE_WARPS:
+        _, known = warp(clear[None].astype(np.uint8), clear, raster.grid, grid, categorical=True)
     return known

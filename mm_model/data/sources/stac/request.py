@@ -52,6 +52,8 @@ class Product(Section):
         unit: of stored * scale + offset; "power" for linear backscatter.
         nodata: stored values that mean nothing, beside what the file declares.
         baseline_offset: of numbers that change with the processing baseline.
+        divide_by_sine_of: property of an item with an elevation in degrees; for reflectance that
+            is stored as if the sun stood overhead.
         hidden: where something is in the way.
         where: properties that an item must have.
         classes: code in the file → code of the modality, 0 for none.
@@ -65,6 +67,7 @@ class Product(Section):
     scale: float = 1.0
     offset: float = 0.0
     baseline_offset: BaselineOffset | None = None
+    divide_by_sine_of: str | None = None
     hidden: Hidden | None = None
     where: dict[str, Any] = Field({})
     timeless: bool = False
@@ -134,6 +137,7 @@ class SearchFile(Section):
     min_clear: Fraction = Field(description="clear share of the place that is enough")
     tolerance_days: Annotated[float, Field(ge=0)] = Field(description="between paired images")
     offsets: dict[str, float] = Field({}, description="item id → offset, where nothing else tells")
+    exclude: tuple[str, ...] = Field((), description="ids of items that are not to be used")
     declare: Declared = Declared()
 
     @field_validator("dates")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from urllib.parse import urljoin
 
@@ -17,6 +17,7 @@ from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 from rich.progress import track
+from shapely import make_valid
 from shapely.geometry import shape
 from urllib3.util.retry import Retry
 
@@ -37,9 +38,11 @@ from mm_model.data.sources.stac.request import Request
 from mm_model.data.sources.stac.signing import Signer
 from mm_model.errors import ConfigError, DataError, ServiceError
 
+_AT_ONCE = 8  # places; a search waits for distant servers most of its time
 _SAVE_EVERY = 20  # places, of which a kill may cost the answers
 _CANDIDATES = 5  # whose clouds over the place are looked at, for one choice
 _WHOLE = 0.99
+_SLIVER = 1e-4  # of a place; an item that adds less is not worth a request
 _PAGE = 100
 _CLOUD = "eo:cloud_cover"
 _ORBIT = ("sat:relative_orbit", "landsat:wrs_path")
@@ -70,7 +73,12 @@ def pinned(request: Request, places: Sequence[Place], patience: Patience) -> Loc
     """
     lock = read_lock(request)
     keys = {place.name: asked(request, place) for place in places}
-    found = {n: p for n, p in lock.places.items() if n in keys and p.asked == keys[n]}
+    excluded = set(request.search.exclude)
+    found = {
+        name: pins
+        for name, pins in lock.places.items()
+        if pins.asked == keys.get(name) and not pins.ids & excluded
+    }
     missing = [place for place in places if place.name not in found]
 
     def now() -> Lock:
@@ -78,17 +86,26 @@ def pinned(request: Request, places: Sequence[Place], patience: Patience) -> Loc
 
     if missing:
         finder = _Finder(request, patience)
-        try:
-            for count, place in enumerate(track(missing, "searching"), 1):
-                found[place.name] = finder.find(place, keys[place.name])
-                if count % _SAVE_EVERY == 0:
-                    write_lock(request.folder, now())
-        finally:
-            write_lock(request.folder, now())
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            searches = {pool.submit(finder.find, p, keys[p.name]): p.name for p in missing}
+            try:
+                done = track(as_completed(searches), "searching", total=len(searches))
+                for count, search in enumerate(done, 1):
+                    found[searches[search]] = search.result()
+                    if count % _SAVE_EVERY == 0:
+                        write_lock(request.folder, now())
+            finally:
+                pool.shutdown(cancel_futures=True)
+                found |= {n: s.result() for s, n in searches.items() if _succeeded(s)}
+                write_lock(request.folder, now())
     elif found.keys() != lock.places.keys():
         write_lock(request.folder, now())
     _check_found(request, found)
     return now()
+
+
+def _succeeded(search: Future[PinnedPlace]) -> bool:
+    return not search.cancelled() and search.exception() is None
 
 
 def _check_found(request: Request, found: Mapping[str, PinnedPlace]) -> None:
@@ -115,6 +132,8 @@ class _Finder:
     def __init__(self, request: Request, patience: Patience) -> None:
         self._request, self._patience = request, patience
         self._signer = Signer(request.catalogue.sign, patience)
+        self._client = self._open()
+        self._can_query = bool(self._client.conforms_to("QUERY"))
 
     def find(self, place: Place, key: str) -> PinnedPlace:
         request, search = self._request, self._request.search
@@ -125,9 +144,12 @@ class _Finder:
             if not request.products[entry].timeless:
                 passes[entry] = self._passes(entry, place)
                 continue
-            items = sorted(self._items(entry, place, None), key=lambda item: str(item["id"]))
-            if items:
-                timeless[entry] = self._pin(entry, items) or ()
+            items, _ = _covering(list(self._items(entry, place, None)), place)
+            made = self._pin(entry, items)
+            if isinstance(made, str):
+                passed_over |= {str(item["id"]): made for item in items}
+            elif made:
+                timeless[entry] = made
         acquisitions: list[PinnedAcquisition] = []
         if request.reference is not None:
             for first, last in _parts(search.dates, search.acquisitions):
@@ -171,8 +193,8 @@ class _Finder:
         looked = 0
         for candidate in ranked:
             items = self._pin(entry, candidate.items)
-            if items is None:
-                passed_over[candidate.name] = "nothing tells the offset of its numbers"
+            if isinstance(items, str):
+                passed_over[candidate.name] = items
                 continue
             if product.hidden is None:
                 return candidate, items, None
@@ -187,8 +209,8 @@ class _Finder:
             passed_over.pop(best[0].name, None)
         return best
 
-    def _pin(self, entry: str, items: Sequence[Mapping[str, Any]]) -> tuple[PinnedItem, ...] | None:
-        """None if the offset of one of them cannot be told."""
+    def _pin(self, entry: str, items: Sequence[Mapping[str, Any]]) -> tuple[PinnedItem, ...] | str:
+        """Or why not: what the numbers of one of them mean cannot be told."""
         request, made = self._request, []
         product, collection = request.products[entry], request.collections[entry]
         for item in items:
@@ -209,8 +231,12 @@ class _Finder:
                     self._patience,
                 )
                 if told is None:
-                    return None
+                    return "nothing tells the offset of its numbers"
                 offset, why = told
+            sine_of = product.divide_by_sine_of
+            elevation = None if sine_of is None else item["properties"].get(sine_of)
+            if sine_of is not None and (elevation is None or elevation <= 0):
+                return f"its {sine_of} is {elevation}"
             made.append(
                 PinnedItem(
                     collection=collection.collection,
@@ -220,6 +246,7 @@ class _Finder:
                     cloud=item["properties"].get(_CLOUD),
                     offset=offset,
                     offset_from=why if offset is not None else None,
+                    sun_elevation=elevation,
                     assets=hrefs,
                 )
             )
@@ -251,14 +278,11 @@ class _Finder:
             key = (_time(item).date().isoformat(), str(says.get("platform", "")), orbit)
             groups.setdefault(key, []).append(item)
         found = []
-        for items in groups.values():
-            # Of a scene that was processed twice, the newer comes first.
-            items.sort(key=lambda item: str(item["id"]))
-            items.sort(key=lambda item: baseline_of(item) or "", reverse=True)
-            covered = shapely.union_all([shape(item["geometry"]) for item in items])
-            share = covered.intersection(place.outline).area / place.outline.area
+        for group in groups.values():
+            items, share = _covering(group, place)
             clouds = [float(item["properties"].get(_CLOUD) or 0.0) for item in items]
-            found.append(_Pass(tuple(items), _time(items[0]), share, max(clouds)))
+            if items:
+                found.append(_Pass(tuple(items), _time(items[0]), share, max(clouds)))
         return sorted(found, key=lambda p: (p.at, p.name))
 
     def _items(
@@ -278,6 +302,8 @@ class _Finder:
         for item in self._ask(collection.collection, place, arguments):
             says = item["properties"]
             fits = all(says.get(name) == value for name, value in product.where.items())
+            if item["id"] in search.exclude:
+                continue
             if fits and needed <= item["assets"].keys() and item.get("geometry"):
                 yield item
 
@@ -305,8 +331,7 @@ class _Finder:
                 patience.wait(attempt)
         raise self._down(cause)
 
-    @cached_property
-    def _client(self) -> Client:
+    def _open(self) -> Client:
         patience, url = self._patience, self._request.catalogue.url
         retry = Retry(
             total=2,
@@ -334,16 +359,33 @@ class _Finder:
                 patience.wait(attempt)
         raise self._down(cause)
 
-    @cached_property
-    def _can_query(self) -> bool:
-        return bool(self._client.conforms_to("QUERY"))
-
     def _down(self, cause: str) -> ServiceError:
         return ServiceError(
             f"catalogue {self._request.catalogue_name} ({self._request.catalogue.url})",
             got=cause,
             remedy="run it again later: what was found is kept in the lock file",
         )
+
+
+def _covering(
+    items: Sequence[Mapping[str, Any]], place: Place
+) -> tuple[list[Mapping[str, Any]], float]:
+    """Those that show ground of the place which none before shows, and the share they cover.
+
+    Of a scene that was processed twice, the newer comes first; of tiles that overlap, the one that
+    shows most.
+    """
+    outline = place.outline
+    shown = {str(i["id"]): make_valid(shape(i["geometry"])).intersection(outline) for i in items}
+    order = sorted(items, key=lambda item: (-shown[str(item["id"])].area, str(item["id"])))
+    order.sort(key=lambda item: baseline_of(item) or "", reverse=True)
+    kept, covered = [], shapely.Polygon()
+    for item in order:
+        added = shown[str(item["id"])].difference(covered)
+        if added.area > _SLIVER * outline.area:
+            kept.append(item)
+            covered = covered.union(added)
+    return kept, float(covered.area / outline.area)
 
 
 def _is_item(item: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Small things over HTTP, and the tokens that some catalogues want behind an address."""
+"""The tokens that some catalogues want behind an address."""
 
 from __future__ import annotations
 
@@ -6,53 +6,15 @@ import datetime as dt
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 
-import httpx
-
-from mm_model.data.remote import Patience
+from mm_model.data.remote import Patience, fetch
 from mm_model.data.sources.stac.request import Sign
 from mm_model.errors import ServiceError
 
-_MOST_BYTES = 1 << 24
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _RENEW_BEFORE_S = 60.0
 _JUST_NOW_S = 1.0
-
-
-def fetch(
-    url: str, patience: Patience, headers: Mapping[str, str] = MappingProxyType({})
-) -> httpx.Response:
-    """A small document, asked for again while the server is busy or broken.
-
-    Raises:
-        ServiceError: it does not come, though asked patiently, or is larger than 16 MiB.
-    """
-    cause = ""
-    for attempt in range(1, patience.attempts + 1):
-        asked_to_wait_s = 0.0
-        try:
-            response = httpx.get(
-                url, headers=dict(headers), timeout=patience.timeout_s, follow_redirects=True
-            )
-            if response.is_success and len(response.content) <= _MOST_BYTES:
-                return response
-            cause = f"HTTP {response.status_code}, {len(response.content)} bytes"
-            if response.status_code not in _AGAIN:
-                break
-            told = response.headers.get("retry-after", "")
-            asked_to_wait_s = float(told) if told.isdigit() else 0.0
-        except httpx.HTTPError as error:
-            cause = f"{type(error).__name__} {error}"
-        if attempt < patience.attempts:
-            patience.wait(attempt, asked_to_wait_s)
-    raise ServiceError(
-        f"{url.split('?')[0]} does not answer",
-        got=cause,
-        remedy="run it again later: what was found and read is kept",
-    )
 
 
 @dataclass
