@@ -39,7 +39,7 @@ def test_the_page_tells_every_key_with_its_value():
     assert told == wanted
 
 
-@pytest.mark.parametrize("folder", [".", "examples/real"])
+@pytest.mark.parametrize("folder", [".", "examples/real", "examples/stac"])
 def test_the_projects_own_parameters_hold(folder):
     assert load_params(ROOT / folder / "params.yaml").selected
 

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,10 +55,17 @@ class StacServer:
         folder: of the files.
         items: STAC items; `{base}` in addresses becomes that of the server.
         token_s: files want a token that is good for so many seconds; None for none.
+        latency_s: of every answer.
     """
 
-    def __init__(self, folder: Path, items: list[dict], token_s: float | None = None) -> None:
-        self.folder, self.items, self.token_s = folder, items, token_s
+    def __init__(
+        self,
+        folder: Path,
+        items: list[dict],
+        token_s: float | None = None,
+        latency_s: float = 0.0,
+    ) -> None:
+        self.folder, self.items, self.token_s, self.latency_s = folder, items, token_s, latency_s
         self.faults: list[Fault] = []
         self.asked: list[Asked] = []
         self.tokens: list[str] = []
@@ -164,6 +172,7 @@ class _Answer(BaseHTTPRequestHandler):
 
     def _answer(self, method: str, path: str, query: dict, body: dict | None) -> None:
         site = self.site
+        time.sleep(site.latency_s)
         fault = site.take_fault(path)
         self._path, self._method, self._query = path, method, query
         if fault is not None and isinstance(fault.what, int):
@@ -200,16 +209,19 @@ class _Answer(BaseHTTPRequestHandler):
             return self._send(403, b"expired")
         if not file.is_file():
             return self._send(404, b"none")
-        content = file.read_bytes()
+        length = file.stat().st_size
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
-            return self._send(200, content, truncate=truncate)
+            return self._send(200, file.read_bytes(), truncate=truncate)
         first = int(wanted[1])
-        last = min(int(wanted[2] or len(content) - 1), len(content) - 1)
-        if first >= len(content):
+        last = min(int(wanted[2] or length - 1), length - 1)
+        if first >= length:
             return self._send(416, b"")
-        headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
-        return self._send(206, content[first : last + 1], headers, truncate=truncate)
+        headers = {"Content-Range": f"bytes {first}-{last}/{length}"}
+        with file.open("rb") as opened:
+            opened.seek(first)
+            content = opened.read(last + 1 - first)
+        return self._send(206, content, headers, truncate=truncate)
 
     def _send(
         self, status: int, content: bytes, headers: dict | None = None, truncate: bool = False

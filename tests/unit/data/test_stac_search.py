@@ -1,6 +1,7 @@
 """Which items a search chooses, what it believes of them, and what it may ask."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,14 +18,19 @@ from stac_fixtures import (
     write_search,
 )
 
+from mm_model.config import load_params
+from mm_model.data.sources.stac.places import places_of
 from mm_model.data.sources.stac.request import (
     LOCK_FILE,
     SEARCH_FILE,
     declared_products,
     load_request,
 )
+from mm_model.data.sources.stac.source import StacSource
 from mm_model.errors import ConfigError, DataError
 from mm_model.modalities import MODALITIES
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_clearest_over_the_place_is_chosen_for_each_part_of_the_time(files, serve, tmp_path):
@@ -160,6 +166,18 @@ def test_the_products_own_metadata_tell_where_the_baseline_is_missing(files, ser
     )
     made["assets"]["product-metadata"] = {"href": "{base}/files/S2_xml/mtd.xml"}
     assert_reflectance(source(write_search(tmp_path, serve([made]))))
+
+
+def test_the_example_asks_for_every_modality_of_its_parameters():
+    params = load_params(ROOT / "examples/stac/params.yaml")
+    assert params.prepare.source == "stac"
+    folder = ROOT / "examples/stac" / params.prepare.stac.search
+    request = load_request(folder, params.selected)
+    assert set(request.layers) == {m.name for m in params.selected}
+    names = {place.name for place in places_of(request)}
+    assert {"Zermatt", "Camargue"} < names
+    assert len(names) > 10
+    StacSource(folder, params.prepare.patch_px, params.prepare.gsd_m[0], params.selected)
 
 
 def test_every_declared_collection_can_be_asked_for(tmp_path):
