@@ -63,14 +63,14 @@ class Scale:
     train_places: int = 160
     test_places: int = 24
     reference_places: int = 96
-    patches: int = 96
+    patches: int = 48
     samples: int = 8
-    joint: int = 256
+    joint: int = 192
     probe_patches: int = 128  # 64 cells each
     labelled: int = 32
     maps: int = 256
     judge_steps: int = 800
-    downstream_steps: int = 300
+    downstream_steps: int = 200
 
     @property
     def key(self) -> str:

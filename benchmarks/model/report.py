@@ -127,7 +127,7 @@ def markdown(bench: Bench, results: Results, pictures: Sequence[str]) -> str:
     seeds = len({r["cell"]["seed"] for r in results.records})
     sections = [
         f"Ours beside what people would use instead: every trained model gets {bench.minutes:g} "
-        f"minutes of CPU time on each core, reading of batches included, on the same data; ± is "
+        f"minutes of CPU time (one thread), reading of batches included, on the same data; ± is "
         f"the standard deviation over {seeds} seed{'s' * (seeds > 1)} of training. One synthetic "
         f"Earth, held-out places; `real` are a few hundred patches of public rasters. `no_scene` "
         f"is our decoder without encoder and flow (joint diffusion with a time for each "

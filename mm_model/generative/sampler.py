@@ -24,6 +24,8 @@ from mm_model.generative.windows import STRIDE, Windows
 
 Check = Callable[[], None]
 
+SCENE_STEPS = 2  # of the scene's flow for each of the decoder's: they cost a third, and tell more
+
 
 class _How(TypedDict):
     conditions: Tensor | None
@@ -217,17 +219,18 @@ def sample(
 ) -> Tensor:
     """Targets given what is observed: a scene is sampled, then all targets from that one scene.
 
-    Arguments, result and errors as for `sample_scene` and `decode_scene`; `steps` is used for both.
-    With steps=1 the result is the best single estimate, E[target | observed], rather than a
-    sample: the decoder's estimate at t = 0 from the encoder's own scene of what is observed, as it
-    was trained; the mean of many scenes is no scene, so the flow has no part in it.
+    Arguments, result and errors as for `sample_scene` and `decode_scene`. `steps` are the
+    decoder's; the scene takes `SCENE_STEPS` times as many (docs/experiments.md). With steps=1 the
+    result is the best single estimate, E[target | observed], rather than a sample: the decoder's
+    estimate at t = 0 from the encoder's own scene of what is observed, as it was trained; the mean
+    of many scenes is no scene, so the flow has no part in it.
     """
     _plans(model, mask, targets)  # refuse before the work
     how: _How = {"conditions": conditions, "check": check, "precision": precision}
     if steps == 1:
         z = observed_scene(model, x, mask, precision=precision)
     else:
-        z = sample_scene(model, x, mask, seeds, steps, **how)
+        z = sample_scene(model, x, mask, seeds, SCENE_STEPS * steps, **how)
     return decode_scene(model, x, mask, z, targets, seeds, steps, **how)
 
 
