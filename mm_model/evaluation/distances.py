@@ -13,8 +13,8 @@ from mm_model.modalities import Kind
 
 # Kind → figure, what it is called with its unit, decimals.
 _FIGURES = {
-    Kind.CONTINUOUS: ("psnr_of_mean_db", "PSNR of the mean of the samples, dB", 1),
-    Kind.CATEGORICAL: ("miou_of_mean", "mIoU of the mean of the samples", 2),
+    Kind.CONTINUOUS: ("psnr_of_mean_db", "PSNR, dB", 1),
+    Kind.CATEGORICAL: ("miou_of_mean", "mIoU", 2),
 }
 _CELL_IN, _LABEL_IN = (0.62, 0.26), 1.5
 
@@ -34,11 +34,11 @@ def save_distances(path: Path, distances: Sequence[Mapping[str, Any]]) -> None:
     kinds = [k for k in _FIGURES if any(r["kind"] == k for r in rows)]
     observed = list(dict.fromkeys(tuple(r["observed"]) for r in rows))
     targets = {k: list(dict.fromkeys(r["target"] for r in rows if r["kind"] == k)) for k in kinds}
-    width = max(sum(map(len, targets.values())) * _CELL_IN[0] * len(distances), 5) + 2 * _LABEL_IN
-    height = len(observed) * _CELL_IN[1] + 1.9
+    width = max(sum(map(len, targets.values())) * _CELL_IN[0] * len(distances), 5) + 2.4 * _LABEL_IN
+    height = len(observed) * _CELL_IN[1] + 2.1
     figure = Figure((width, height), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    ratios = [len(targets[k]) + 1 for k in kinds]
+    ratios = [len(targets[k]) + 2 for k in kinds]
     parts: Any = figure.subfigures(1, len(kinds), squeeze=False, width_ratios=ratios)
     for kind, part in zip(kinds, parts[0], strict=True):
         key, name, digits = _FIGURES[kind]
@@ -48,8 +48,9 @@ def save_distances(path: Path, distances: Sequence[Mapping[str, Any]]) -> None:
         axes = np.atleast_1d(part.subplots(1, len(distances), sharey=True))
         for ax, grid, distance in zip(axes, grids, distances, strict=True):
             image = ax.imshow(grid, aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1])
-            head = f"{distance['gsd_m']:g} m\n{distance['patches']} patches"
-            ax.set_title(f"{head}, {distance['places']} places", fontsize=7)
+            counts = f"{distance['patches']} patches\n{distance['places']} places"
+            head = f"{distance['gsd_m']:g} m\n{counts}"
+            ax.set_title(head, fontsize=7)
             ax.set_xticks(range(len(targets[kind])), targets[kind], fontsize=7)
             ax.set_yticks(range(len(observed)), [_name(o) for o in observed], fontsize=7)
             for (row, column), value in np.ndenumerate(grid):
@@ -60,7 +61,9 @@ def save_distances(path: Path, distances: Sequence[Mapping[str, Any]]) -> None:
         bar = part.colorbar(image, ax=list(axes), location="bottom", aspect=30)
         bar.set_label(name, fontsize=7)
         bar.ax.tick_params(labelsize=6)
-    figure.suptitle("Observed (rows) to target (columns), by ground sampling distance", fontsize=9)
+    figure.suptitle(
+        "Observed (rows) to target (columns): mean of the samples, by sampling distance", fontsize=9
+    )
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
