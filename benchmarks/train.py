@@ -7,32 +7,29 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import setting
+from benchmarks.step import MATRIX, matmul_flops_per_s, samples_per_s, training_step
 from mm_model.adapters.mlflow_reporter import read_journal
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.config import Params
 from mm_model.data.stats import compute_statistics
 from mm_model.data.store import PatchStore
+from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.loop import LOG_EVERY, make_state
-from mm_model.training.step import TrainingStep, draw
+from mm_model.training.step import draw
 
 PLACES = 4
 STEPS = 60
 WINDOWS_LEFT_OUT = 2  # in which allocators and DDP's buckets settle
 TURNS = 2
 BARE_STEPS = 30
-MATRIX = 2048
 
 
 def measure() -> tuple[dict[str, float], dict[str, str]]:
@@ -46,17 +43,19 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
             bare_step, flops = _bare(job)
             for _ in range(5):
                 bare_step()
-            bare, full, peaks = [_rate(job, bare_step)], [], [_matmul_flops_per_s()]
+            batch = job.config.batch
+            bare, full = [samples_per_s(bare_step, batch, BARE_STEPS)], []
+            peaks = [matmul_flops_per_s()]
             for _ in range(TURNS):
                 full.append(_full(job))
-                bare.append(_rate(job, bare_step))
-                peaks.append(_matmul_flops_per_s())
+                bare.append(samples_per_s(bare_step, batch, BARE_STEPS))
+                peaks.append(matmul_flops_per_s())
     finally:
         torch.set_num_threads(threads)
     # Each Ray run is compared with the mean of the bare runs before and after it.
     ratios = [f * 2 / (a + b) for f, a, b in zip(full, bare, bare[1:], strict=False)]
     bare_rate, peak = statistics.median(bare), statistics.median(peaks)
-    config = chosen.train
+    config, side = chosen.train, MATRIX["cpu"]
     figures = {
         "train_samples_per_s": statistics.median(full),
         "train_bare_loop_samples_per_s": bare_rate,
@@ -72,7 +71,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "train_samples_per_s": "store, batches, step, averaging, journal, on Ray Train; settled",
         "train_bare_loop_samples_per_s": "one process; batch and its randomness lie in memory",
         "train_flops_per_sample": "forward and backward, counted by torch",
-        "train_matmul_peak_gflops": f"product of two {MATRIX} x {MATRIX} bf16 matrices",
+        "train_matmul_peak_gflops": f"product of two {side} x {side} bf16 matrices",
         "train_matmul_peak_share": "of the bare loop; its time holds the optimiser, too",
     }
     return figures, notes
@@ -107,14 +106,15 @@ def _full(job: Job) -> float:
     shutil.rmtree(job.run)
     if len(reports) != STEPS // LOG_EVERY:
         raise RuntimeError(f"{len(reports)} reports: {json.dumps(reports)[:500]}")
-    return statistics.median(r["values"]["samples_per_s"] for r in reports[WINDOWS_LEFT_OUT:])
+    rates = [float(r["values"]["samples_per_s"]) for r in reports[WINDOWS_LEFT_OUT:]]
+    return statistics.median(rates)
 
 
 def _bare(job: Job) -> tuple[Callable[[], None], int]:
     """One step on what lies in memory, and its floating-point operations."""
     config = job.config
     state = make_state(job.model(), config)
-    model = state.model
+    model: SceneModel = state.model  # type: ignore[assignment]
     dataset = PatchDataset(
         PatchStore(job.store), job.positions, job.modalities, seed=config.seed, batch=config.batch
     )
@@ -123,40 +123,4 @@ def _bare(job: Job) -> tuple[Callable[[], None], int]:
         x, mask = model.codec.encode(scene)
         draws = draw(model, config.seed, number, range(config.batch), mask)
         batches.append((x, mask, known, draws))
-    objective = TrainingStep(model)
-    model.train()
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        inputs = batches[done % len(batches)]
-        done += 1
-        state.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = objective(*inputs).total
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        state.optimizer.step()
-
-    # The counter knows no CPU kernel of attention; as plain products it is counted, too.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return step, counter.get_total_flops()
-
-
-def _rate(job: Job, step: Callable[[], None]) -> float:
-    """Samples a second: median over windows as long as those of the loop's own reports."""
-    rates = []
-    for _ in range(BARE_STEPS // LOG_EVERY):
-        began = time.perf_counter()
-        for _ in range(LOG_EVERY):
-            step()
-        rates.append(LOG_EVERY * job.config.batch / (time.perf_counter() - began))
-    return statistics.median(rates)
-
-
-def _matmul_flops_per_s() -> float:
-    a = torch.randn(MATRIX, MATRIX).bfloat16()
-    b = torch.randn(MATRIX, MATRIX).bfloat16()
-    seconds = setting.take_turns({"product": lambda: a @ b}, repeats=9)["product"]
-    return 2 * MATRIX**3 / min(seconds)
+    return training_step(state, batches, config)

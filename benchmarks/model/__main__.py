@@ -39,7 +39,7 @@ def main() -> None:
         if applies(method, regime)
     ]
     if not arguments.report:
-        run_all(bench, cells)
+        run_all(bench, cells, os.cpu_count() or 1)
     write_report(bench, cells, publish=not arguments.small and not arguments.dry)
 
 
@@ -56,7 +56,7 @@ def _parse() -> argparse.Namespace:
     methods = tuple(factories())
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
     add = parser.add_argument
-    add("--minutes", type=float, default=4, help="CPU minutes a trained model, on each core")
+    add("--minutes", type=float, default=8, help="CPU minutes a trained model")
     add("--seeds", type=int, default=3)
     add("--regimes", type=several(regimes.NAMES), default=list(regimes.NAMES), metavar="A,B")
     add("--methods", type=several(methods), default=list(methods), metavar="A,B")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +32,7 @@ from benchmarks.model.methods import STEPS, TRAINED, Method, SceneMethod, factor
 from benchmarks.model.pairs import evaluate_pairs, summary
 from benchmarks.model.regimes import NIR, RGB, Regime, Scale, choices, open_regime
 from benchmarks.model.scenes import evaluate_scenes
-from benchmarks.model.training import Effort, cores
+from benchmarks.model.training import Effort
 from mm_model.data.files import write_atomically
 
 HERE = Path(__file__).parent
@@ -39,7 +41,8 @@ _DATA = ("data/sources", "data/stats.py")
 _LEARNS = ("regimes.py", "training.py", "methods.py", "specialists.py", "trivial.py")
 _SPEAKS = ("__main__.py", "report.py", "tables.py", "sheets.py")
 _JUDGES = ("regimes.py", "training.py", "specialists.py", "judges.py")
-_JUDGING_S = 600.0  # of a cell, as long as none was seen
+JUDGED = "complete"  # the regime that more than pairs are judged on
+_JUDGING_S = 300.0  # of a cell, as long as none was seen
 _FIGURES = ("evaluation/distributions.py", "evaluation/probes.py", "evaluation/metrics.py")
 
 
@@ -101,12 +104,12 @@ class Bench:
 
     Args:
         folder: for everything; data are shared by all budgets.
-        minutes: of training for each model on all cores, as CPU time.
+        minutes: of training for each model, as CPU time.
         scale: how much of everything else.
     """
 
     def __init__(self, folder: Path, minutes: float, scale: Scale) -> None:
-        self.minutes, self.scale = minutes, scale
+        self.root, self.minutes, self.scale = folder, minutes, scale
         for what in ("record", "weights", "judges"):
             _digest_of(what)  # now: files may change while it runs
         self.data = folder / f"data-{scale.data_key}"
@@ -116,7 +119,7 @@ class Bench:
     @property
     def budget_s(self) -> float:
         """CPU seconds for each trained model."""
-        return self.minutes * 60 * cores()
+        return self.minutes * 60
 
     def regime(self, name: str) -> Regime:
         """Prepared at the first call."""
@@ -193,7 +196,7 @@ class Bench:
             )
 
         parts: dict[str, Callable[[], Any]] = {"pairs": lambda: pairs(patches)}
-        if isinstance(method, SceneMethod) and cell.regime == "complete":
+        if isinstance(method, SceneMethod) and cell.regime == JUDGED:
             few = max(1, patches // 8)
             parts["steps"] = lambda: {
                 str(steps): summary(pairs(few, steps)) for steps in (STEPS, *OTHER_STEPS)
@@ -235,31 +238,47 @@ def _load(file: Path, method: Method) -> Effort | None:
     return Effort(**about["effort"])
 
 
-def run_all(bench: Bench, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The records of all cells, saying what goes on and how long it will take."""
+def run_all(bench: Bench, cells: Sequence[Cell], at_once: int) -> list[dict[str, Any]]:
+    """The records of all cells, saying what goes on and how long it will take.
+
+    Several at once, of one thread each: two such trainings on two cores take in a third more
+    samples than two that have both cores in turn (measured).
+    """
     open_ = [c for c in cells if bench.find(c) is None]
     _say(f"{len(cells)} cells, {len(cells) - len(open_)} of them are there: {bench.folder}")
+    for name in dict.fromkeys(c.regime for c in open_):
+        regime = bench.regime(name)  # prepared once, before many ask for it
+        if name == JUDGED:
+            bench.judges(regime)
     judged_s: dict[str, float] = {}
-    records = []
-    for cell in cells:
-        if cell not in open_:
-            records.append(bench.run(cell))
-            continue
-        left = open_[open_.index(cell) :]
-        seconds = sum(_expected_s(bench, c, judged_s) for c in left)
-        number = len(open_) - len(left) + 1
-        _say(f"{cell}: {number} of {len(open_)}; about {seconds / 60:.0f} min left for all")
-        began = time.perf_counter()
-        made = bench.run(cell)
-        judged_s[cell.method] = sum(made["judging_s"].values())
-        psnr = made.get("pairs_psnr_of_mean_db", float("nan"))
-        effort = made["effort"]
-        _say(
-            f"{cell}: {psnr:.2f} dB, {effort['samples']:,} samples in {effort['cpu_s']:.0f} CPU s; "
-            f"{time.perf_counter() - began:.0f} s in all"
-        )
-        records.append(made)
-    return records
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        running = {pool.submit(_run, bench.root, bench.minutes, bench.scale, c): c for c in open_}
+        for number, future in enumerate(as_completed(running), 1):
+            cell, made = running.pop(future), future.result()
+            judged_s[cell.method] = sum(made["judging_s"].values())
+            left = sum(_expected_s(bench, c, judged_s) for c in running.values()) / at_once
+            psnr = made.get("pairs_psnr_of_mean_db", float("nan"))
+            effort = made["effort"]
+            _say(
+                f"{cell}, {number} of {len(open_)}: {psnr:.2f} dB, {effort['samples']:,} samples "
+                f"in {effort['cpu_s']:.0f} CPU s, judged in {judged_s[cell.method]:.0f} s; about "
+                f"{left / 60:.0f} min left for all"
+            )
+    return [bench.run(cell) for cell in cells]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _run(root: Path, minutes: float, scale: Scale, cell: Cell) -> dict[str, Any]:
+    return _bench(root, minutes, scale).run(cell)
+
+
+@cache
+def _bench(root: Path, minutes: float, scale: Scale) -> Bench:
+    """A process's own, which keeps what it has opened."""
+    return Bench(root, minutes, scale)
 
 
 def _expected_s(bench: Bench, cell: Cell, judged_s: dict[str, float]) -> float:

@@ -63,14 +63,14 @@ class Scale:
     train_places: int = 160
     test_places: int = 24
     reference_places: int = 96
-    patches: int = 96
+    patches: int = 48
     samples: int = 8
-    joint: int = 256
+    joint: int = 192
     probe_patches: int = 128  # 64 cells each
     labelled: int = 32
     maps: int = 256
     judge_steps: int = 800
-    downstream_steps: int = 300
+    downstream_steps: int = 200
 
     @property
     def key(self) -> str:
@@ -132,12 +132,19 @@ class Regime:
         return [grouped[self.train.patch_ids[p]] for p in self.train_at]
 
 
+# Of 1, 2, 3 and 4e-3 the best for ours after four CPU minutes; the half hour of the bundle in the
+# box wants the 1e-3 of its params.yaml (docs/experiments.md).
+LEARNING_RATE = 2e-3
+
+
 @cache
 def choices() -> Params:
-    """Those of the bundle in the box, which begins with random weights as every method here does;
-    read once: a run does not change its mind.
+    """Those of the bundle in the box, which begins with random weights as every method here does,
+    but for the learning rate; read once: a run does not change its mind.
     """
-    return load_params(record.ROOT / "examples" / "pretrained" / "params.yaml")
+    params = load_params(record.ROOT / "examples" / "pretrained" / "params.yaml")
+    train = params.train.model_copy(update={"learning_rate": LEARNING_RATE})
+    return params.model_copy(update={"train": train})
 
 
 def ordered_pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def draw(bench: Bench, results: Results, folder: Path) -> list[Path]:
         ]
         if rows:
             paths.append(folder / f"bench-model-{name}.png")
-            title = f"{name}: {bench.minutes:g} CPU minutes a core for each method"
+            title = f"{name}: {bench.minutes:g} CPU minutes for each method"
             save_sheet(paths[-1], rows, title)
     return paths
 

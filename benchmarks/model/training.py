@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -56,10 +55,6 @@ class Learner(Protocol):
     def finish(self) -> None:
         """Training is over: take over what was averaged."""
         ...
-
-
-def cores() -> int:
-    return os.cpu_count() or 1
 
 
 def pace(share: float) -> float:

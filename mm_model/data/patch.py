@@ -22,11 +22,14 @@ class Layer:
             holds means nothing.
         valid: bool [H, W].
         acquired_at: ISO 8601 date of acquisition, or None where it is not known or means nothing.
+        native_gsd_m: ground sampling distance at which the values were measured, in metres, before
+            they were brought onto the patch's grid; None where it is not known.
     """
 
     values: NDArray[np.generic]
     valid: NDArray[np.bool_]
     acquired_at: str | None = None
+    native_gsd_m: float | None = None
 
     def __post_init__(self) -> None:
         if (

@@ -32,6 +32,7 @@ _DONE = "store.json"
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (
     "data/align.py",
+    "data/footprints.py",
     "data/prepare.py",
     "data/raster.py",
     "data/remote.py",

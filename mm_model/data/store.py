@@ -2,7 +2,8 @@
 
 A folder of Arrow IPC files, uncompressed and memory-mapped. Each file holds one modality of up to
 `shard_patches` patches: a column `values` of tensors [bands, H, W] and a column `valid` of packed
-bits, null where every pixel is valid. `index.parquet` has a row for each patch × modality.
+bits, null where every pixel is valid. `index.parquet` has a row for each patch × modality; it is a
+GeoParquet, with the outline of the patch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mm_model.data.files import sync_folder
+from mm_model.data.footprints import BBOX, GEOMETRY, footprints, geo_metadata
 from mm_model.data.patch import Layer, Patch
 from mm_model.errors import DataError
 from mm_model.geo.grid import Grid
@@ -35,8 +38,9 @@ class PatchStore:
 
     Attributes:
         index: one row a patch × modality, rows of a patch together: patch_id, place_id, source,
-            modality, shard, row, crs, a…f, height, width, gsd_m, min, max, mean (over valid
-            pixels of all bands), valid_fraction, acquired_at, sha256.
+            modality, shard, row, crs, a…f, height, width, gsd_m, native_gsd_m (of the layer), min,
+            max, mean (over valid pixels of all bands), valid_fraction, acquired_at, sha256. In the
+            file stand geometry and bbox as well, which nobody here reads.
         patch_ids: by position.
     """
 
@@ -44,11 +48,17 @@ class PatchStore:
         self.path = Path(path)
         self._shards: dict[str, list[tuple[NDArray[np.generic], pa.Array]]] = {}
         try:
-            self.index = pd.read_parquet(self.path / INDEX)
+            self.index = pd.read_parquet(self.path / INDEX, columns=list(_COLUMNS))
         except FileNotFoundError:
             raise DataError(
                 f"{self.path} is no patch store", remedy="run the stage prepare"
             ) from None
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{self.path / INDEX} is of another version, or damaged",
+                got=str(error).splitlines()[0],
+                remedy="run the stage prepare again",
+            ) from error
         ids = self.index["patch_id"].to_numpy()
         # Plain arrays: pandas takes longer to find a row than the file to give its pixels.
         objects = self.index.astype(object).where(self.index.notna(), None)
@@ -88,7 +98,10 @@ class PatchStore:
             name = get["modality"][row]
             if modalities is None or name in modalities:
                 layers[name] = self._layer(
-                    get["shard"][row], int(get["row"][row]), get["acquired_at"][row]
+                    get["shard"][row],
+                    int(get["row"][row]),
+                    get["acquired_at"][row],
+                    get["native_gsd_m"][row],
                 )
         at = rows[0]
         transform = tuple(float(get[k][at]) for k in "abcdef")
@@ -102,7 +115,9 @@ class PatchStore:
             layers,
         )
 
-    def _layer(self, shard: str, row: int, acquired_at: str | None) -> Layer:
+    def _layer(
+        self, shard: str, row: int, acquired_at: str | None, native_gsd_m: float | None
+    ) -> Layer:
         batches = self._shards.get(shard)
         if batches is None:
             batches = self._shards[shard] = _open_shard(self.path / shard)
@@ -116,7 +131,7 @@ class PatchStore:
         else:
             flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0] * shape[1])
             valid = flat.view(np.bool_).reshape(shape)
-        return Layer(values[at], valid, acquired_at)
+        return Layer(values[at], valid, acquired_at, native_gsd_m)
 
 
 class ShardWriter:
@@ -176,7 +191,7 @@ class ShardWriter:
         for shard in self._open.values():
             shard.close()
         index = pd.DataFrame(self._rows, columns=list(_COLUMNS)).astype(_COLUMNS)
-        index.to_parquet(self.path / INDEX, index=False)
+        _write_index(index, self.path / INDEX)
         sync_folder(self.path)
 
     def __enter__(self) -> ShardWriter:
@@ -198,7 +213,8 @@ _COLUMNS = {
     "crs": "object",
     **dict.fromkeys("abcdef", "float64"),
     **dict.fromkeys(("height", "width"), "int64"),
-    **dict.fromkeys(("gsd_m", "min", "max", "mean", "valid_fraction"), "float64"),
+    **dict.fromkeys(("gsd_m", "native_gsd_m"), "float64"),
+    **dict.fromkeys(("min", "max", "mean", "valid_fraction"), "float64"),
     **dict.fromkeys(("acquired_at", "sha256"), "object"),
 }
 
@@ -219,6 +235,7 @@ def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
         "height": patch.grid.height,
         "width": patch.grid.width,
         "gsd_m": patch.gsd_m,
+        "native_gsd_m": layer.native_gsd_m,
         "min": known.min() if known.size else np.nan,
         "max": known.max() if known.size else np.nan,
         "mean": known.mean() if known.size else np.nan,
@@ -226,6 +243,14 @@ def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
         "acquired_at": layer.acquired_at,
         "sha256": digest,
     }
+
+
+def _write_index(index: pd.DataFrame, path: Path) -> None:
+    table = pa.Table.from_pandas(index, preserve_index=False)
+    shapes, boxes = footprints(index)
+    facts = {**table.schema.metadata, **geo_metadata(shapes.to_pylist())}
+    table = table.append_column(GEOMETRY, shapes).append_column(BBOX, boxes)
+    pq.write_table(table.replace_schema_metadata(facts), path)
 
 
 def _canonical(layer: Layer, modality: Modality) -> tuple[NDArray[np.generic], bytes | None]:

@@ -73,6 +73,7 @@ def build_suite(
         gxe.ExpectColumnValuesToBeInSet(column="height", value_set=[patch_px]),
         gxe.ExpectColumnValuesToBeInSet(column="width", value_set=[patch_px]),
         between(column="gsd_m", min_value=0, strict_min=True),
+        between(column="native_gsd_m", min_value=0, strict_min=True),
         between(column="pixels_per_gsd", min_value=0.99, max_value=1.01),
         between(column="grids_of_patch", min_value=1, max_value=1),
         between(column="valid_fraction", min_value=min_valid_fraction, max_value=1),

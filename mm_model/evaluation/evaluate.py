@@ -2,7 +2,8 @@
 
 Each declared row is an observed set and one target. A row takes all held-out patches that have
 both; one that none has is there with `patches: 0`. All targets of an observed set are generated
-jointly, as the endpoint would.
+jointly, as the endpoint would. Where the patches are of several ground sampling distances, the same
+rows are there for each of them as well.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        metrics: the content of metrics.json: summary figures, `rows`, and what was evaluated.
+        metrics: the content of metrics.json: summary figures, `rows`, `distances` (for each ground
+            sampling distance `gsd_m`, patches, places, summary figures and rows of its own; they
+            stand in `rows` together), and what was evaluated.
         modalities: of the bundle, in its order.
         examples: a few patches of each observed set.
         joint: sets of all modalities generated from nothing, target → [sets, bands, H, W].
@@ -87,19 +90,35 @@ def declared_rows(modalities: Sequence[Modality]) -> list[tuple[tuple[str, ...],
 
 
 def choose_patches(store: PatchStore, positions: Sequence[int], count: int, seed: int) -> list[int]:
-    """Up to `count` positions, in turn from each place, in an order that the seed makes."""
+    """Up to `count` positions, in turn from each place and, within it, from each of its ground
+    sampling distances, in an order that the seed makes.
+    """
     by_place: dict[str, list[int]] = {}
+    gsd_m: dict[int, float] = {}
     for position in sorted(positions):
-        place = str(store.rows(position)["place_id"].iloc[0])
-        by_place.setdefault(place, []).append(position)
+        first = store.rows(position).iloc[0]
+        by_place.setdefault(str(first["place_id"]), []).append(position)
+        gsd_m[position] = float(first["gsd_m"])
     rng = np.random.default_rng(seed)
     queues = [
         [members[i] for i in rng.permutation(len(members))]
         for _, members in sorted(by_place.items())
     ]
     queues = [queues[i] for i in rng.permutation(len(queues))]
+    queues = [_in_turn(queue, gsd_m, first=i) for i, queue in enumerate(queues)]
     depth = max(map(len, queues), default=0)
     return [queue[i] for i in range(depth) for queue in queues if i < len(queue)][:count]
+
+
+def _in_turn(positions: Sequence[int], gsd_m: Mapping[int, float], *, first: int) -> list[int]:
+    """One of each distance in turn, beginning with number `first` (modulo); else as given."""
+    distances = sorted({gsd_m[p] for p in positions})
+    start = first % len(distances)
+    queues = [
+        [p for p in positions if gsd_m[p] == d] for d in distances[start:] + distances[:start]
+    ]
+    depth = max(map(len, queues))
+    return [queue[i] for i in range(depth) for queue in queues if i < len(queue)]
 
 
 def evaluate(
@@ -146,12 +165,7 @@ def evaluate(
             if sum(e.observed == observed for e in examples) < _SHOWN:
                 shown = {n: d.samples for n, d in drawn.items()}
                 examples.append(Example(patch, observed, shown))
-    by_name = {m.name: m for m in modalities}
-    table = [
-        {"observed": list(observed), "target": target, **_row(by_name[target], scores[row])}
-        for row in rows
-        for observed, target in [row]
-    ]
+    table = _table(scores, modalities)
     found = {
         **_summary(table, modalities),
         **_scene_figures(bundle.model, patches, config),
@@ -162,6 +176,10 @@ def evaluate(
         "bundle_id": bundle.manifest.bundle_id,
         "held_out": _fingerprint(store, chosen, names, config),
         "rows": table,
+        "distances": [
+            _at_distance(gsd_m, patches, scores, modalities)
+            for gsd_m in sorted({p.gsd_m for p in patches})
+        ],
     }
     return Evaluation(found, modalities, tuple(examples), generator.joint(_JOINT))
 
@@ -290,7 +308,7 @@ def _score(patch: Patch, modality: Modality, drawn: _Draws) -> dict[str, Any]:
     """The measurements of one patch; `_row` puts them together."""
     layer = patch.layers[modality.name]
     truth, valid = layer.values, layer.valid
-    score: dict[str, Any] = {"pixels": int(valid.sum())}
+    score: dict[str, Any] = {"pixels": int(valid.sum()), "gsd_m": patch.gsd_m}
     if modality.is_categorical:
         codes = modality.class_codes
         score["each"] = sum(metrics.confusion(s[0], truth[0], valid, codes) for s in drawn.samples)
@@ -310,6 +328,34 @@ def _score(patch: Patch, modality: Modality, drawn: _Draws) -> dict[str, Any]:
     levels = drawn.samples[:, :, valid].mean(axis=(1, 2)) if valid.any() else [math.nan]
     score["level_spread"] = np.std(levels, ddof=1) if len(levels) > 1 else math.nan
     return score
+
+
+_Scores = Mapping[tuple[tuple[str, ...], str], Sequence[Mapping[str, Any]]]
+
+
+def _table(scores: _Scores, modalities: Sequence[Modality]) -> list[dict[str, Any]]:
+    """The rows of metrics.json, in the order of the scores."""
+    by_name = {m.name: m for m in modalities}
+    return [
+        {"observed": list(observed), "target": target, **_row(by_name[target], measured)}
+        for (observed, target), measured in scores.items()
+    ]
+
+
+def _at_distance(
+    gsd_m: float, patches: Sequence[Patch], scores: _Scores, modalities: Sequence[Modality]
+) -> dict[str, Any]:
+    """Figures and rows of the patches of one ground sampling distance."""
+    here = [p for p in patches if p.gsd_m == gsd_m]
+    of_it = {row: [s for s in measured if s["gsd_m"] == gsd_m] for row, measured in scores.items()}
+    rows = _table(of_it, modalities)
+    return {
+        "gsd_m": gsd_m,
+        "patches": len(here),
+        "places": len({p.place_id for p in here}),
+        **_summary(rows, modalities),
+        "rows": rows,
+    }
 
 
 def _row(modality: Modality, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

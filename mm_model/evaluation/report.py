@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mm_model.data.files import write_atomically
+from mm_model.evaluation.distances import save_distances
 from mm_model.evaluation.evaluate import Evaluation, Example, Samples
 from mm_model.modalities import Kind, Modality
 from mm_model.pictures import Panel, save_sheet
@@ -32,6 +33,8 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
         _joint_panels(evaluation.joint, by_name),
         "From nothing: each row is one scene, generated jointly",
     )
+    if len(evaluation.metrics["distances"]) > 1:
+        save_distances(sheets / "by-distance.png", evaluation.metrics["distances"])
     example = _input_example(evaluation)
     for name, text in (
         ("table.md", table(evaluation.metrics)),
@@ -43,8 +46,17 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The rows as two Markdown tables: continuous targets, and classes."""
+    """The rows as two Markdown tables: continuous targets, and classes. Where there are several
+    ground sampling distances, each row is there once for each of them.
+    """
+    distances: Sequence[Mapping[str, Any]] = metrics.get("distances", ())
+    by_distance = len(distances) > 1
     rows: Sequence[Mapping[str, Any]] = metrics["rows"]
+    if by_distance:
+        each = zip(*(d["rows"] for d in distances), strict=True)
+        rows = [
+            {**r, **d} for same in each for d, r in zip(map(_gsd, distances), same, strict=True)
+        ]
     lines = [
         f"{metrics['patches']} held-out patches of {metrics['places']} places, "
         f"{metrics['samples']} samples each, {metrics['steps']} steps. Figures: one sample / mean "
@@ -54,12 +66,14 @@ def table(metrics: Mapping[str, Any]) -> str:
     for kind, columns in _COLUMNS.items():
         of_kind = [r for r in rows if r["kind"] == kind]
         if of_kind:
-            heads = ["observed", "target", "patches", *(head for head, _, _ in columns)]
+            place = ["distance"] if by_distance else []
+            heads = ["observed", "target", *place, "patches", *(head for head, _, _ in columns)]
             lines += [_line(heads), _line(["---"] * len(heads))]
             for r in of_kind:
                 figures = [_figures(r, key, digits) for _, key, digits in columns]
+                at = [f"{r['gsd_m']:g} m"] if by_distance else []
                 lines.append(
-                    _line([", ".join(r["observed"]), r["target"], str(r["patches"]), *figures])
+                    _line([", ".join(r["observed"]), r["target"], *at, str(r["patches"]), *figures])
                 )
             lines.append("")
     return "\n".join(lines)
@@ -83,6 +97,10 @@ _COLUMNS = {
 }
 
 
+def _gsd(distance: Mapping[str, Any]) -> dict[str, float]:
+    return {"gsd_m": distance["gsd_m"]}
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -103,7 +121,12 @@ def _panels(example: Example, modalities: Mapping[str, Modality]) -> list[Panel 
     """
     layers = example.patch.layers
     row: list[Panel | None] = [
-        Panel(layers[n].values, layers[n].valid, modalities[n], "observed")
+        Panel(
+            layers[n].values,
+            layers[n].valid,
+            modalities[n],
+            f"observed, {example.patch.gsd_m:g} m",
+        )
         for n in example.observed
     ]
     for name, samples in example.generated.items():

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "serving"))
 from serving_fixtures import make_generator
 
-from mm_model.config import load_params
+from mm_model.config import GeotiffConfig, load_params
 from mm_model.data import raster
+from mm_model.data.prepare import open_source, prepare
 from mm_model.data.sources.geotiff import GeotiffSource
+from mm_model.data.store import PatchStore
 from mm_model.serving.generator import Request
 from mm_model.serving.uploads import read_layer
 
@@ -92,3 +95,36 @@ def test_a_real_radar_file_is_answered_on_its_own_grid() -> None:
         assert result.grid.transform == tuple(file.transform)[:6]
         assert result.grid == raster.read_header(path).grid
         assert result.values["map"].shape == (1, 1, file.height, file.width)
+
+
+def test_real_places_at_two_distances_keep_the_native_one_of_each_layer(tmp_path: Path) -> None:
+    params = load_params(ROOT / "examples" / "real" / "params.yaml")
+    os.environ["MM_REAL_DATA"] = str(DATA)
+    manifest = yaml.safe_load((ROOT / "examples" / "real" / "manifest.yaml").read_text())
+    manifest["root"] = str(DATA)
+    some = ("majortom_s2_sample", "terramesh_examples", "zion_landsat8")
+    manifest["sources"] = {name: manifest["sources"][name] for name in some}
+    (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    config = params.prepare.model_copy(
+        update={
+            "gsd_m": (10.0, 20.0),
+            "geotiff": GeotiffConfig(manifest=tmp_path / "manifest.yaml"),
+        }
+    )
+    opened = open_source(config, params.selected)
+    prepare(opened, tmp_path / "patches", params.selected, shard_patches=99, min_valid_fraction=0.5)
+    index = PatchStore(tmp_path / "patches").index
+    distances = index.groupby("source")["gsd_m"].agg(lambda column: sorted(set(column))).to_dict()
+    assert distances == {
+        "majortom_s2_sample": [10, 20],
+        "terramesh_examples": [10, 20],
+        "zion_landsat8": [30],  # fixed by the manifest
+    }
+    native = index.groupby(["source", "modality"])["native_gsd_m"].agg(set).to_dict()
+    assert native["terramesh_examples", "rgb"] == native["majortom_s2_sample", "nir"] == {10}
+    assert native["terramesh_examples", "dem"] == {30}
+    assert native["zion_landsat8", "dem"] == {90}
+    # The same ground, four times fewer pixels: what is coarse is the mean of what is fine.
+    for place, rows in index[index["modality"] == "nir"].groupby("place_id"):
+        fine, coarse = (rows[rows["gsd_m"] == gsd]["mean"].mean() for gsd in (10, 20))
+        assert coarse == pytest.approx(fine, rel=0.25), place

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from mm_model.data.align import resample, to_classes, to_physical
 from mm_model.data.patch import Layer, Patch, Unit
 from mm_model.data.raster import (
+    RasterHeader,
+    ground_sampling_m,
     is_metric,
     metric_grid,
     read_header,
@@ -81,6 +83,7 @@ class GeotiffSource:
                         layer.values[(slice(None), *window)],
                         layer.valid[window],
                         layer.acquired_at,
+                        layer.native_gsd_m,
                     )
                     for name, layer in layers.items()
                 },
@@ -140,10 +143,13 @@ def _read_layer(scene: SceneSpec, entry: LayerEntry, modality: Modality, target:
     """All bands of a layer, in physical units, on the scene's grid."""
     values, valid = [], np.ones(target.shape, dtype=np.bool_)
     tags: Mapping[str, str] = {}
+    sampled: list[float] = []
     for file, pairs in groupby(_bands(entry), key=lambda pair: pair[0]):
         wanted = [band for _, band in pairs if band is not None]
         path = scene.folder / file
-        part, part_valid, tags = _read_file(path, wanted or None, entry, modality, target)
+        part, part_valid, header = _read_file(path, wanted or None, entry, modality, target)
+        tags = header.tags
+        sampled += [gsd_m] if (gsd_m := ground_sampling_m(header.grid)) else []
         values.append(part)
         valid &= part_valid
     stacked = np.concatenate(values)
@@ -154,7 +160,8 @@ def _read_layer(scene: SceneSpec, entry: LayerEntry, modality: Modality, target:
             allowed=len(modality.bands),
             remedy="list `bands` in the manifest",
         )
-    return Layer(stacked, valid, _date(entry, tags, scene))
+    native_gsd_m = entry.native_gsd_m or max(sampled, default=None)
+    return Layer(stacked, valid, _date(entry, tags, scene), native_gsd_m)
 
 
 def _read_file(
@@ -163,7 +170,7 @@ def _read_file(
     entry: LayerEntry,
     modality: Modality,
     target: Grid,
-) -> tuple[NDArray[Any], NDArray[np.bool_], Mapping[str, str]]:
+) -> tuple[NDArray[Any], NDArray[np.bool_], RasterHeader]:
     raster = read_raster(path, bands=bands)
     valid = raster.valid
     for nodata in entry.nodata:
@@ -184,7 +191,7 @@ def _read_file(
             where=str(path),
         )
     values, valid = resample(values, valid, raster.grid, target, modality)
-    return values, valid, raster.tags
+    return values, valid, raster.header
 
 
 def _date(entry: LayerEntry, tags: Mapping[str, str], scene: SceneSpec) -> str | None:

@@ -55,6 +55,9 @@ class LayerEntry(Section):
     classes: dict[int, int] | None = Field(None, description="code in the file → code, or 0")
     out_of_range: Literal["error", "clip", "mask"] = "error"
     date: LayerDate | None = Field(None, description="else the scene's")
+    native_gsd_m: PositiveFloat | None = Field(
+        None, description="of the measurement, where the file's pixels are finer"
+    )
 
 
 class SceneEntry(Section):

@@ -59,10 +59,10 @@ def test_a_cell_is_reused_and_a_changed_digest_reruns_it(bench, monkeypatch):
 def test_a_run_goes_on_where_it_was_cut_off(bench, capsys):
     wanted = [Cell("complete", "mean", 0), Cell("complete", "nearest_colour", 0)]
     bench.run(wanted[0])
-    records = run_all(bench, wanted)
+    records = run_all(bench, wanted, 1)
     said = capsys.readouterr().err
     assert "2 cells, 1 of them are there" in said
-    assert "complete-nearest_colour-0: 1 of 1" in said
+    assert "complete-nearest_colour-0, 1 of 1" in said
     assert [r["cell"]["method"] for r in records] == ["mean", "nearest_colour"]
 
 

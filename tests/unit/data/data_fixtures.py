@@ -26,7 +26,7 @@ def random_layer(
     else:
         values = rng.uniform(*modality.valid_range, size).astype(np.float32)
     valid = np.ones(shape, bool) if complete else rng.random(shape) > 0.3
-    return Layer(values, valid, date)
+    return Layer(values, valid, date, modality.gsd_m)
 
 
 def place_patches(

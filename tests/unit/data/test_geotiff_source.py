@@ -261,3 +261,21 @@ def test_a_layer_may_come_from_several_files(folder):
     for a, b in itertools.zip_longest(found, expected):
         np.testing.assert_array_equal(a.layers[OPTICAL.name].values, b.layers[OPTICAL.name].values)
         np.testing.assert_array_equal(a.layers[OPTICAL.name].valid, b.layers[OPTICAL.name].valid)
+
+
+def test_each_layer_remembers_the_distance_it_was_measured_at(folder):
+    """Of its own file, whatever the grid it is brought onto; or what the manifest says."""
+    for gsd_m in (10.0, 20.0):
+        native = {n: x.native_gsd_m for n, x in patches(folder, gsd_m=gsd_m)[0].layers.items()}
+        assert native == pytest.approx(
+            {OPTICAL.name: 10, RADAR.name: 20, RELIEF.name: 25, COVER.name: 10}
+        )
+    content = manifest(folder / "rasters")
+    content["sources"]["made"]["scenes"]["s2"]["layers"] = {OPTICAL.name: {"native_gsd_m": 30}}
+    save(folder, content)
+    told = {p.patch_id.split("/")[1]: p.layers[OPTICAL.name].native_gsd_m for p in patches(folder)}
+    assert told == {"s0": 10, "s1": pytest.approx(10), "s2": 30, "s3": 10}
+    content["sources"]["made"]["layers"][OPTICAL.name]["native_gsd_m"] = 0
+    save(folder, content)
+    with pytest.raises(ConfigError, match="native_gsd_m"):
+        source(folder)

@@ -31,6 +31,7 @@ def same(read, written):
         )
         assert read.layers[name].values.dtype == MODALITIES[name].dtype
         assert read.layers[name].acquired_at == layer.acquired_at
+        assert read.layers[name].native_gsd_m == layer.native_gsd_m
 
 
 def test_patches_come_back_as_they_were_in_any_order(tmp_path):
@@ -108,6 +109,22 @@ def test_other_processes_read_it_too(tmp_path, method):
     assert _first_value(pickle.loads(pickle.dumps(store))) == here
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(_first_value, (store,)) == here
+
+
+def test_a_native_distance_that_is_not_known_is_none(tmp_path):
+    patch = next(place_patches(0, PAIR))
+    layers = {n: Layer(x.values, x.valid) for n, x in patch.layers.items()}
+    with ShardWriter(tmp_path / "s", PAIR, 4) as writer:
+        writer.add(replace(patch, layers=layers))
+    read = PatchStore(tmp_path / "s").read(0)
+    assert {x.native_gsd_m for x in read.layers.values()} == {None}
+
+
+def test_an_index_of_another_version_says_what_to_do(tmp_path):
+    store = make_store(tmp_path / "store", 1)
+    store.index.drop(columns="native_gsd_m").to_parquet(store.path / "index.parquet")
+    with pytest.raises(DataError, match=r"native_gsd_m.*run the stage prepare again"):
+        PatchStore(store.path)
 
 
 def test_errors_say_what_to_do(tmp_path):

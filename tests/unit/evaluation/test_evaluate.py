@@ -175,3 +175,41 @@ def test_the_card_names_the_licences_and_whom_they_want_named(evaluation, bundle
         card = model_card(manifest, MODALITIES, evaluation.metrics, {})
         section = card.split("## Data licences\n\n")[1].split("\n\n")[0]
         assert section.splitlines() == lines
+
+
+def test_rows_are_there_for_each_distance_and_together(bundle, tmp_path):
+    """Three fine patches for each coarse one, in three places that all have both."""
+    rng = np.random.default_rng(5)
+    with ShardWriter(tmp_path / "patches", MODALITIES, 8) as writer:
+        for i in range(12):
+            gsd_m = 20 if i % 4 == 3 else 10
+            grid = Grid("EPSG:32633", (gsd_m, 0, 5e5 + 1000 * i, 0, -gsd_m, 0), H, W)
+            layers = {m.name: make_layer(m, rng) for m in MODALITIES}
+            writer.add(Patch(f"p{i}", f"place{i // 4}", "test", grid, gsd_m, layers))
+    store = PatchStore(tmp_path / "patches")
+    chosen = choose_patches(store, range(12), 6, seed=1)
+    assert sorted(store.read(i).gsd_m for i in chosen) == [10, 10, 10, 20, 20, 20]
+    assert len({store.read(i).gsd_m for i in choose_patches(store, range(12), 3, seed=1)}) == 2
+    whole = evaluate(bundle, store, range(12), CONFIG)
+    fine, coarse = whole.metrics["distances"]
+    assert (fine["gsd_m"], coarse["gsd_m"]) == (10, 20)
+    assert (fine["patches"], coarse["places"]) == (3, 3)
+    for all_, *each in zip(whole.metrics["rows"], fine["rows"], coarse["rows"], strict=True):
+        assert {r["target"] for r in each} == {all_["target"]}
+        assert all_["pixels"] == sum(r["pixels"] for r in each)
+        if "mae" in all_:  # errors are pooled over pixels
+            pooled = sum(r["mae"] * r["pixels"] for r in each) / all_["pixels"]
+            assert all_["mae"] == pytest.approx(pooled, rel=1e-4)
+    assert fine["mean_psnr_db"] != coarse["mean_psnr_db"]
+    # What one distance has is what an evaluation of its patches alone finds.
+    alone = evaluate(bundle, store, [i for i in chosen if store.read(i).gsd_m == 20], CONFIG)
+    assert alone.metrics["rows"] == coarse["rows"]
+    assert [d["rows"] for d in alone.metrics["distances"]] == [alone.metrics["rows"]]
+    write_report(whole, tmp_path / "reports")
+
+    lines = (tmp_path / "reports" / "table.md").read_text().splitlines()
+    assert sum(line.startswith("| rgb | sar | ") for line in lines) == 2
+    assert any(line.startswith("| rgb | sar | 20 m | 3 | ") for line in lines)
+    assert (tmp_path / "reports/sheets/by-distance.png").read_bytes()[:4] == b"\x89PNG"
+    write_report(alone, tmp_path / "reports")
+    assert not (tmp_path / "reports/sheets/by-distance.png").exists()

@@ -74,7 +74,8 @@ def test_last_step_returns_the_estimate() -> None:
     assert torch.allclose(half, interpolate(DATA, NOISE, torch.tensor(0.5)), atol=1e-12)
 
 
-def test_euler_converges_with_first_order_to_the_analytic_solution() -> None:
+@pytest.mark.parametrize("power", [0.7, 1, 1.4])
+def test_euler_converges_with_first_order_to_the_analytic_solution(power: float) -> None:
     """Data N(μ, s²): x̂ = E[x₁ | x_t] is known, and so is the flow's end, μ + s·x₀."""
     mu, s = 0.7, 0.4
     noise = torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -84,12 +85,12 @@ def test_euler_converges_with_first_order_to_the_analytic_solution() -> None:
         return mu + gain * (x_t - t * mu)
 
     errors = [
-        (euler(estimate, noise, steps) - (mu + s * noise)).abs().mean().item()
+        (euler(estimate, noise, steps, power=power) - (mu + s * noise)).abs().mean().item()
         for steps in (16, 32, 64, 128)
     ]
     ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert all(1.85 < r < 2.15 for r in ratios), ratios
-    assert torch.allclose(euler(estimate, noise, 1), torch.full_like(noise, mu))
+    assert torch.allclose(euler(estimate, noise, 1, power=power), torch.full_like(noise, mu))
 
 
 def test_check_runs_before_every_step_and_may_cancel() -> None:

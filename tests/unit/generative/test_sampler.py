@@ -15,7 +15,7 @@ from model_fixtures import FIVE, NAMES, make_model, make_scene
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import canvas_noise, generator
-from mm_model.generative.sampler import decode_scene, sample, sample_scene
+from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
 from mm_model.generative.windows import Windows
 from mm_model.modalities import MODALITIES, channel_slices
 from mm_model.training.step import draw, step_loss
@@ -113,7 +113,7 @@ def test_noise_is_a_function_of_seed_purpose_and_position() -> None:
 def test_scene_given_equals_scene_sampled_and_steps_matter() -> None:
     x, mask = observed()
     seeds = [1, 2, 3]
-    z = sample_scene(MODEL, x, mask, seeds, 3)
+    z = sample_scene(MODEL, x, mask, seeds, SCENE_STEPS * 3)
     assert z.shape == (3, 4, 2, 3)
     made = decode_scene(MODEL, x, mask, z, ["rgb"], seeds, 3)
     assert torch.equal(made, sample(MODEL, x, mask, ["rgb"], seeds, 3))

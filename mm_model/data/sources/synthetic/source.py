@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,7 @@ def render(
             np.ascontiguousarray(sensors.render(m)[:, inside, inside]),
             np.ones(grid.shape, np.bool_),
             date if m.quantity in _MOVED_BY_TIME else None,
+            gsd,
         )
         for m in modalities
     }
@@ -149,6 +150,7 @@ class SyntheticSource:
                         layer.values[:, *window].copy(),
                         layer.valid[window].copy(),
                         layer.acquired_at,
+                        layer.native_gsd_m,
                     )
                     for name, layer in layers.items()
                 },
@@ -217,9 +219,9 @@ class SyntheticSource:
             if modality.quantity in gaps:
                 hidden, look = gaps[modality.quantity]
                 layer = layers[modality.name]
-                out[modality.name] = Layer(
-                    np.where(hidden, np.float32(look["fill"]), layer.values),
-                    layer.valid & ~hidden,
-                    layer.acquired_at,
+                out[modality.name] = replace(
+                    layer,
+                    values=np.where(hidden, np.float32(look["fill"]), layer.values),
+                    valid=layer.valid & ~hidden,
                 )
         return out
