@@ -28,7 +28,8 @@ VENDORS = {
     "rasterio": ("mm_model/data/raster.py", "mm_model/data/remote.py"),
     "pystac_client": ("mm_model/data/sources/stac/search.py",),
     "pystac": ("mm_model/data/sources/stac/search.py",),
-    "requests": ("mm_model/data/sources/stac/search.py",),  # what pystac_client raises
+    # What pystac_client and MLflow raise.
+    "requests": ("mm_model/adapters/", "mm_model/data/sources/stac/search.py"),
     "yaml": ("mm_model/config.py",),
     "fastapi": ("mm_model/serving/app.py",),
     "starlette": ("mm_model/serving/app.py",),

@@ -20,7 +20,7 @@ from mm_model.adapters.train_progress import following
 from mm_model.bundle import Manifest, load_manifest, save_bundle
 from mm_model.config import Params, parse, read_yaml
 from mm_model.data.sources.manifest import ManifestFile
-from mm_model.data.sources.stac.source import licences
+from mm_model.data.sources.stac.request import licences
 from mm_model.data.split import TRAIN, VALIDATION, load_split
 from mm_model.data.store import INDEX, PatchStore
 from mm_model.errors import ConfigError

@@ -30,12 +30,14 @@ class Fault:
     Attributes:
         what: a status, "truncate" (half of the body, though all is promised) or "drop" (nothing).
         skip: how many matching requests go well before.
+        method: the only one that it is about, if any.
     """
 
     path: str
     what: int | str
     times: int = 1
     skip: int = 0
+    method: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -92,10 +94,11 @@ class StacServer:
     def count(self, path: str, method: str | None = None) -> int:
         return sum(bool(re.search(path, a.path)) and method in (None, a.method) for a in self.asked)
 
-    def take_fault(self, path: str) -> Fault | None:
+    def take_fault(self, method: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                if re.search(fault.path, path) and fault.times > 0:
+                fits = re.search(fault.path, path) and fault.method in (None, method)
+                if fits and fault.times > 0:
                     if fault.skip > 0:
                         fault.skip -= 1
                         return None
@@ -173,7 +176,7 @@ class _Answer(BaseHTTPRequestHandler):
     def _answer(self, method: str, path: str, query: dict, body: dict | None) -> None:
         site = self.site
         time.sleep(site.latency_s)
-        fault = site.take_fault(path)
+        fault = site.take_fault(method, path)
         self._path, self._method, self._query = path, method, query
         if fault is not None and isinstance(fault.what, int):
             return self._send(fault.what, b"no", fault.headers)

@@ -45,6 +45,24 @@ def test_failure_in_the_middle_of_a_file_is_made_good(clear, serve, tmp_path):
         assert server.faults[0].times == 0
 
 
+def test_a_server_that_only_tells_sizes_is_no_file_of_another_format(clear, serve, tmp_path):
+    server = serve([clear])
+    made = source(write_search(tmp_path, server))
+    (unit,) = made.units()
+    server.fail(r"nir\.tif$", 503, times=10_000, method="GET")
+    with pytest.raises(ServiceError, match=r"nir\.tif cannot be read"):
+        list(made.read(unit))
+
+
+@pytest.mark.parametrize("wait", ["1", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_server_that_asks_to_wait_is_heard(clear, serve, tmp_path, wait):
+    server = serve([clear], token_s=3600)
+    for path in (r"red\.tif$", "^/search$", "^/token/"):
+        server.fail(path, 429, headers={"Retry-After": wait})
+    assert_reflectance(source(write_search(tmp_path, server)))
+    assert all(fault.times == 0 for fault in server.faults)
+
+
 def test_a_token_is_kept_until_shortly_before_it_expires(clear, serve, tmp_path):
     server = serve([clear], token_s=3600)
     assert_reflectance(source(write_search(tmp_path / "long", server)))

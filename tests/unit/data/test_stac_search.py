@@ -24,6 +24,7 @@ from mm_model.data.sources.stac.request import (
     LOCK_FILE,
     SEARCH_FILE,
     declared_products,
+    licences,
     load_request,
 )
 from mm_model.data.sources.stac.source import StacSource
@@ -177,6 +178,9 @@ def test_the_example_asks_for_every_modality_of_its_parameters():
     names = {place.name for place in places_of(request)}
     assert {"Zermatt", "Camargue"} < names
     assert len(names) > 10
+    known = licences(folder, params.selected)
+    assert set(known) == set(request.products)
+    assert all(product["licence"] and product["attribution"] for product in known.values())
     StacSource(folder, params.prepare.patch_px, params.prepare.gsd_m[0], params.selected)
 
 

@@ -47,6 +47,17 @@ def test_patches_know_place_date_and_grid(clear, serve, tmp_path):
     assert {p.place_id for p in patches} == {"loopback/here"}
     assert patches[0].grid.transform == PLACE.transform
     assert all(x.acquired_at == "2021-06-21" for p in patches for x in p.layers.values())
+    assert {x.native_gsd_m for p in patches for x in p.layers.values()} == {10.0}
+
+
+def test_layers_know_at_which_distance_they_were_measured(files, clear, serve, tmp_path):
+    items = [clear, landsat(files, "LC08_gsd", "2021-06-18")]
+    products = {"nir": "sentinel-2-l2a", "ms": "sentinel-2-l2a", "tir": "landsat-c2-l2"}
+    made = source(
+        write_search(tmp_path, serve(items), products=products), ("nir", "ms", "tir"), 20.0, 16
+    )
+    patch = next(iter(made.read(made.units()[0])))
+    assert {n: x.native_gsd_m for n, x in patch.layers.items()} == {"nir": 10, "ms": 20, "tir": 100}
 
 
 def test_radar_becomes_decibels_and_its_own_nodata_a_mask(files, clear, serve, tmp_path):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mm_model.data.align import resample, to_classes, to_physical
 from mm_model.data.patch import Layer
-from mm_model.data.raster import Raster, warp
+from mm_model.data.raster import Raster, ground_sampling_m, warp
 from mm_model.data.remote import Patience, read_window
 from mm_model.data.sources.manifest import LINEAR_POWER
 from mm_model.data.sources.stac.lock import PinnedItem
@@ -28,6 +28,8 @@ from mm_model.modalities import Modality
 _AT_ONCE = 8
 # rasterio silences a warning while it warps, for the whole process: threads would undo it.
 _ONE_WARPS = threading.Lock()
+# A band as stored [H, W] and the file it is from; None where that does not reach the place.
+Stored = tuple[NDArray[Any], Raster] | None
 _CLEAR_GSD_M = 60.0  # at which clouds over a place are counted
 
 
@@ -76,7 +78,7 @@ def read_layers(
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         windows = dict(zip(files, pool.map(read, files), strict=True))
 
-    def stored(item: PinnedItem, band: str) -> tuple[NDArray[Any], Raster] | None:
+    def stored(item: PinnedItem, band: str) -> Stored:
         address, number = split_band(item.assets[band])
         raster = windows[address]
         if raster is None:
@@ -91,7 +93,9 @@ def read_layers(
             fresh = known & ~valid
             values, valid = np.where(fresh, more, values), valid | fresh
         date = None if product.timeless else items[0].datetime[:10]
-        out[modality.name] = Layer(values, valid, date)
+        out[modality.name] = Layer(
+            values, valid, date, _native_gsd_m(product, modality, items, stored)
+        )
     return out
 
 
@@ -100,7 +104,7 @@ def _layer(
     product: Product,
     modality: Modality,
     grid: Grid,
-    stored: Callable[[PinnedItem, str], tuple[NDArray[Any], Raster] | None],
+    stored: Callable[[PinnedItem, str], Stored],
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """One modality of one item: [bands, H, W] on the grid, and which pixels are known in all."""
     bands = product.layers[modality.name]
@@ -144,6 +148,20 @@ def _layer(
         values[at], known = resample(physical, known, raster.grid, grid, modality)
         valid = valid & known
     return values, valid
+
+
+def _native_gsd_m(
+    product: Product,
+    modality: Modality,
+    items: Sequence[PinnedItem],
+    stored: Callable[[PinnedItem, str], Stored],
+) -> float | None:
+    """The coarsest of a layer's files; None where no file reaches the place."""
+    if product.native_gsd_m is not None:
+        return product.native_gsd_m
+    found = [stored(item, band) for item in items for band in product.layers[modality.name]]
+    sampled = [ground_sampling_m(raster.grid) for _, raster in filter(None, found)]
+    return max((gsd_m for gsd_m in sampled if gsd_m is not None), default=None)
 
 
 def _decoding(item: PinnedItem, product: Product) -> tuple[float, float]:

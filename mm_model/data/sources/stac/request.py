@@ -54,6 +54,7 @@ class Product(Section):
         baseline_offset: of numbers that change with the processing baseline.
         divide_by_sine_of: property of an item with an elevation in degrees; for reflectance that
             is stored as if the sun stood overhead.
+        native_gsd_m: distance at which it was measured, where the files' pixels are finer.
         hidden: where something is in the way.
         where: properties that an item must have.
         classes: code in the file → code of the modality, 0 for none.
@@ -68,6 +69,7 @@ class Product(Section):
     offset: float = 0.0
     baseline_offset: BaselineOffset | None = None
     divide_by_sine_of: str | None = None
+    native_gsd_m: PositiveFloat | None = None
     hidden: Hidden | None = None
     where: dict[str, Any] = Field({})
     timeless: bool = False
@@ -231,6 +233,15 @@ def load_request(
         products=used,
         layers=layers,
     )
+
+
+def licences(folder: Path, modalities: Sequence[Modality]) -> dict[str, dict[str, str]]:
+    """Product → its licence and attribution, of a folder with search.yaml."""
+    request = load_request(folder, modalities)
+    return {
+        entry: {"licence": product.licence, "attribution": product.attribution}
+        for entry, product in request.products.items()
+    }
 
 
 @cache

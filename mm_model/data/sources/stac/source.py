@@ -99,6 +99,7 @@ class StacSource:
                         layers[m.name].values[:, *window],
                         layers[m.name].valid[window],
                         layers[m.name].acquired_at,
+                        layers[m.name].native_gsd_m,
                     )
                     for m in self._modalities
                     if m.name in layers
@@ -153,12 +154,3 @@ class StacSource:
 
 def _decoding(product: Product) -> object:
     return product.model_dump(mode="json", exclude={"licence", "attribution"}, by_alias=True)
-
-
-def licences(search: Path, modalities: Sequence[Modality]) -> dict[str, dict[str, str]]:
-    """Product → its licence and attribution, of a folder with search.yaml."""
-    request = load_request(search, modalities)
-    return {
-        entry: {"licence": product.licence, "attribution": product.attribution}
-        for entry, product in request.products.items()
-    }
