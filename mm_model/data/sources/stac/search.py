@@ -16,7 +16,7 @@ import shapely
 from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
-from rich.progress import track
+from rich.progress import Progress
 from shapely import make_valid
 from shapely.geometry import shape
 from urllib3.util.retry import Retry
@@ -86,12 +86,13 @@ def pinned(request: Request, places: Sequence[Place], patience: Patience) -> Loc
 
     if missing:
         finder = _Finder(request, patience)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with Progress() as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
+            task = progress.add_task("searching", total=len(missing))
             searches = {pool.submit(finder.find, p, keys[p.name]): p.name for p in missing}
             try:
-                done = track(as_completed(searches), "searching", total=len(searches))
-                for count, search in enumerate(done, 1):
+                for count, search in enumerate(as_completed(searches), 1):
                     found[searches[search]] = search.result()
+                    progress.advance(task)
                     if count % _SAVE_EVERY == 0:
                         write_lock(request.folder, now())
             finally:
