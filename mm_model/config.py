@@ -49,6 +49,13 @@ class GeotiffConfig(Section):
     manifest: Path = Field(description="YAML manifest, relative to params.yaml")
 
 
+class AlignmentConfig(Section):
+    """What becomes of a layer that lies elsewhere than its patch's reference layer."""
+
+    action: Literal["correct", "exclude", "keep"]
+    max_shift_px: PositiveFloat
+
+
 class PrepareConfig(Section):
     """Rasters to co-registered patches."""
 
@@ -57,6 +64,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None
 
