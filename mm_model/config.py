@@ -96,6 +96,15 @@ class SplitConfig(Section):
         return self
 
 
+class ValidateConfig(Section):
+    """What the content of layers may be like, and how many may not be like that."""
+
+    max_white_share: Fraction
+    max_saturated_share: Fraction
+    max_days_apart: Annotated[int, Field(ge=0)]
+    tolerated_share: Fraction
+
+
 class ModelSize(Section):
     """Widths and depths of the scene model."""
 
@@ -213,6 +222,7 @@ class Params(Section):
     modalities: tuple[str, ...]
     prepare: PrepareConfig
     split: SplitConfig
+    validate_: ValidateConfig = Field(alias="validate")
     model: ModelChoice
     train: TrainConfig
     evaluate: EvaluateConfig

@@ -26,12 +26,12 @@ def content(layer: Layer, modality: Modality) -> dict[str, Any]:
             the worst band; 1 in a constant band; NaN for classes and relief (a lake is level).
         white_share: of the valid pixels, the share that is bright in every band and nearly without
             colour, as clouds and snow are; NaN unless three bands or more of reflectance.
-        look: 128 bits (hexadecimal) that nearly equal images share; None for classes, where a layer
-            is constant, and below 9 px a side.
+        look: 128 bits (hexadecimal) that nearly equal images share; None for classes and relief
+            (hillsides resemble each other), for a constant layer and below 9 px a side.
     """
     if modality.is_categorical or not layer.valid.any():
         return {"median": np.nan, "saturated_share": np.nan, "white_share": np.nan, "look": None}
-    known = layer.values[:, layer.valid]
+    known = layer.values[:, layer.valid].astype(np.float32)
     greatest = known.max(axis=1, keepdims=True)
     white = np.nan
     if modality.quantity is Quantity.REFLECTANCE and len(modality.bands) >= 3:
@@ -43,7 +43,7 @@ def content(layer: Layer, modality: Modality) -> dict[str, Any]:
         "median": float(np.median(known)),
         "saturated_share": np.nan if modality.splits_relief else saturated,
         "white_share": white,
-        "look": _look(layer),
+        "look": None if modality.splits_relief else _look(layer),
     }
 
 

@@ -115,7 +115,7 @@ def find_shift(reference: Features, other: Features) -> Shift:
     ):
         return Shift(np.nan, np.nan, 0.0)
     moments = _Moments(reference.values, template, other.values, other.valid)
-    whole = np.arange(-reach, reach + 1)
+    whole = np.arange(-reach, reach + 1, dtype=np.float64)
     coarse = moments.score(whole, whole)
     row, col = (int(i) for i in np.unravel_index(coarse.argmax(), coarse.shape))
     elsewhere = np.ones_like(coarse, np.bool_)
@@ -155,7 +155,7 @@ class _Moments:
             [fx * fy[:1], fx[:1] * fy[1:], both.reshape(p * q, *fx.shape[1:])]
         )
 
-    def score(self, rows: NDArray[np.generic], cols: NDArray[np.generic]) -> NDArray[np.float64]:
+    def score(self, rows: NDArray[np.float64], cols: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean squared canonical correlation at each displacement, [rows, cols], 0 to 1."""
         height, width = self._shape
         down = np.exp(2j * np.pi * np.outer(rows, np.fft.fftfreq(height)))
