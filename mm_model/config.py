@@ -49,6 +49,13 @@ class GeotiffConfig(Section):
     manifest: Path = Field(description="YAML manifest, relative to params.yaml")
 
 
+class AlignmentConfig(Section):
+    """What becomes of a layer that lies elsewhere than its patch's reference layer."""
+
+    action: Literal["correct", "exclude", "keep"]
+    max_shift_px: PositiveFloat
+
+
 class PrepareConfig(Section):
     """Rasters to co-registered patches."""
 
@@ -57,6 +64,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None
 
@@ -86,6 +94,15 @@ class SplitConfig(Section):
         if self.train <= 0 or self.train + self.validation >= 1:
             raise ValueError("train must be over 0, and train + validation below 1")
         return self
+
+
+class ValidateConfig(Section):
+    """What the content of layers may be like, and how many may not be like that."""
+
+    max_white_share: Fraction
+    max_saturated_share: Fraction
+    max_days_apart: Annotated[int, Field(ge=0)]
+    tolerated_share: Fraction
 
 
 class ModelSize(Section):
@@ -205,6 +222,7 @@ class Params(Section):
     modalities: tuple[str, ...]
     prepare: PrepareConfig
     split: SplitConfig
+    validate_: ValidateConfig = Field(alias="validate")
     model: ModelChoice
     train: TrainConfig
     evaluate: EvaluateConfig
