@@ -87,6 +87,7 @@ def _prepare(chosen: Params, folder: Path) -> tuple[dict[str, float], str]:
             chosen.selected,
             shard_patches=chosen.prepare.shard_patches,
             min_valid_fraction=chosen.prepare.min_valid_fraction,
+            alignment=chosen.prepare.alignment,
         )
 
     targets = [_scene_grid(scene, scene.gsd_m or gsd_m) for scene in scenes]

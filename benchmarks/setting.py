@@ -73,6 +73,7 @@ def make_store(chosen: Params, path: Path, places: int) -> PatchStore:
         chosen.selected,
         shard_patches=chosen.prepare.shard_patches,
         min_valid_fraction=chosen.prepare.min_valid_fraction,
+        alignment=chosen.prepare.alignment,
     )
     return PatchStore(path)
 

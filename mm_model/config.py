@@ -55,6 +55,13 @@ class StacConfig(Section):
     search: Path = Field(description="folder with search.yaml and the lock, from params.yaml")
 
 
+class AlignmentConfig(Section):
+    """What becomes of a layer that lies elsewhere than its patch's reference layer."""
+
+    action: Literal["correct", "exclude", "keep"]
+    max_shift_px: PositiveFloat
+
+
 class PrepareConfig(Section):
     """Rasters to co-registered patches."""
 
@@ -63,6 +70,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None
     stac: StacConfig | None = None
@@ -93,6 +101,15 @@ class SplitConfig(Section):
         if self.train <= 0 or self.train + self.validation >= 1:
             raise ValueError("train must be over 0, and train + validation below 1")
         return self
+
+
+class ValidateConfig(Section):
+    """What the content of layers may be like, and how many may not be like that."""
+
+    max_white_share: Fraction
+    max_saturated_share: Fraction
+    max_days_apart: Annotated[int, Field(ge=0)]
+    tolerated_share: Fraction
 
 
 class ModelSize(Section):
@@ -212,6 +229,7 @@ class Params(Section):
     modalities: tuple[str, ...]
     prepare: PrepareConfig
     split: SplitConfig
+    validate_: ValidateConfig = Field(alias="validate")
     model: ModelChoice
     train: TrainConfig
     evaluate: EvaluateConfig

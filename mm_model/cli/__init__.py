@@ -207,6 +207,23 @@ def evaluate(pipeline: PipelineOption = HERE) -> None:
     stage.main()
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at data beside the pipeline.")
+app.add_typer(data_app, name="data", rich_help_panel=STAGES)
+
+
+@data_app.command()
+def drift(
+    batch: Annotated[Path, typer.Argument(help="Folder of a patch store, as prepare writes it.")],
+    pipeline: PipelineOption = HERE,
+) -> None:
+    """Compare a batch with the training set, by band and class; status 1 if it has drifted."""
+    batch = batch.resolve()
+    _enter(pipeline)
+    from mm_model.cli.data import show_drift
+
+    show_drift(batch)
+
+
 # --------------------------------------------------------------------------------------- models
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mm_model.config import PrepareConfig
+from mm_model.config import AlignmentConfig, PrepareConfig
+from mm_model.data.alignment import align
 from mm_model.data.files import sync_folder, write_atomically
-from mm_model.data.patch import Layer, Source, Unit
+from mm_model.data.patch import Layer, Patch, Source, Unit
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.pyramid import Pyramid
 from mm_model.data.sources.stac.source import StacSource
@@ -32,6 +33,9 @@ _DONE = "store.json"
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (
     "data/align.py",
+    "data/alignment.py",
+    "data/content.py",
+    "data/coregistration.py",
     "data/footprints.py",
     "data/prepare.py",
     "data/raster.py",
@@ -72,11 +76,13 @@ def prepare(
     *,
     shard_patches: int,
     min_valid_fraction: float,
+    alignment: AlignmentConfig | None = None,
 ) -> int:
     """Write the source's patches as a store at `out`.
 
     A store that holds the very same is left alone. A layer with fewer valid pixels than
-    `min_valid_fraction` counts as absent; a patch without layers is not stored.
+    `min_valid_fraction` counts as absent; a patch without layers is not stored. `alignment` says
+    what becomes of layers that lie elsewhere than the others; without it nothing is measured.
 
     Returns:
         The number of patches.
@@ -87,6 +93,7 @@ def prepare(
     """
     units = source.units()
     settings = [_code_digest(), [m.to_dict() for m in modalities], min_valid_fraction]
+    settings.append(alignment.model_dump() if alignment else None)
     keys = [_digest([*settings, unit.unit_id, unit.fingerprint]) for unit in units]
     wanted = {"fingerprint": _digest([shard_patches, *keys])}
     parts = out.with_name(f".{out.name}.parts")
@@ -99,7 +106,7 @@ def prepare(
         for unit, key in zip(units, keys, strict=True):
             progress.update(task, description=f"preparing {unit.unit_id}")
             if not (parts / key).is_dir():
-                _make_part(source, unit, parts / key, modalities, min_valid_fraction)
+                _make_part(source, unit, parts / key, modalities, min_valid_fraction, alignment)
             progress.advance(task)
     joined = out.with_name(f".{out.name}.joined")
     shutil.rmtree(joined, ignore_errors=True)
@@ -129,19 +136,25 @@ def _make_part(
     path: Path,
     modalities: Sequence[Modality],
     min_valid_fraction: float,
+    alignment: AlignmentConfig | None,
 ) -> None:
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with ShardWriter(partial, modalities, shard_patches=1 << 30) as writer:
         for patch in source.read(unit):
-            layers = {
-                name: layer
-                for name, layer in patch.layers.items()
-                if _is_present(layer, min_valid_fraction)
-            }
-            if layers:
-                writer.add(replace(patch, layers=layers))
+            patch = _without_sparse(patch, min_valid_fraction)
+            measured = None
+            if alignment and patch.layers:
+                patch, measured = align(patch, modalities, alignment)
+                patch = _without_sparse(patch, min_valid_fraction)  # moving costs pixels
+            if patch.layers:
+                writer.add(patch, measured)
     partial.rename(path)
+
+
+def _without_sparse(patch: Patch, min_valid_fraction: float) -> Patch:
+    present = {n: y for n, y in patch.layers.items() if _is_present(y, min_valid_fraction)}
+    return replace(patch, layers=present)
 
 
 def _is_present(layer: Layer, min_valid_fraction: float) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mm_model.data.content import content
 from mm_model.data.files import sync_folder
 from mm_model.data.footprints import BBOX, GEOMETRY, footprints, geo_metadata
 from mm_model.data.patch import Layer, Patch
@@ -39,8 +40,9 @@ class PatchStore:
     Attributes:
         index: one row a patch × modality, rows of a patch together: patch_id, place_id, source,
             modality, shard, row, crs, a…f, height, width, gsd_m, native_gsd_m (of the layer), min,
-            max, mean (over valid pixels of all bands), valid_fraction, acquired_at, sha256. In the
-            file stand geometry and bbox as well, which nobody here reads.
+            max, mean (over valid pixels of all bands), valid_fraction, acquired_at, sha256; what
+            `content.content` and `alignment.align` say of the layer (shifts are NaN where they were
+            not measured). In the file stand geometry and bbox as well, which nobody here reads.
         patch_ids: by position.
     """
 
@@ -151,14 +153,23 @@ class ShardWriter:
         self._ids: set[str] = set()
         path.mkdir(parents=True)
 
-    def add(self, patch: Patch) -> None:
-        """Append a patch; one without layers, or with a modality not declared, is an error."""
+    def add(self, patch: Patch, measured: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Append a patch; one without layers, or with a modality not declared, is an error.
+
+        Args:
+            patch: its layers become rows of the index.
+            measured: further columns of each layer, as `alignment.align` gives them.
+        """
         foreign = sorted(set(patch.layers) - set(self._modalities))
         if foreign:
             raise DataError(
                 f"layers of patch {patch.patch_id}", got=foreign, allowed=sorted(self._modalities)
             )
-        self._append(patch, {n: describe(patch, self._modalities[n]) for n in patch.layers})
+        more = measured or {}
+        self._append(
+            patch,
+            {n: describe(patch, self._modalities[n]) | dict(more.get(n, {})) for n in patch.layers},
+        )
 
     def copy(self, store: PatchStore, position: int) -> None:
         """Append a patch of another store, without measuring it again."""
@@ -216,6 +227,16 @@ _COLUMNS = {
     **dict.fromkeys(("gsd_m", "native_gsd_m"), "float64"),
     **dict.fromkeys(("min", "max", "mean", "valid_fraction"), "float64"),
     **dict.fromkeys(("acquired_at", "sha256"), "object"),
+    **dict.fromkeys(("median", "saturated_share", "white_share"), "float64"),
+    **dict.fromkeys(("look", "shift_reference"), "object"),
+    **dict.fromkeys(("shift_row_px", "shift_col_px", "shift_confidence"), "float64"),
+    **dict.fromkeys(("moved_rows_px", "moved_cols_px"), "int64"),
+    "excluded_layers": "object",
+}
+_NOT_MEASURED = {
+    **{"shift_reference": None, "excluded_layers": None},
+    **dict.fromkeys(("shift_row_px", "shift_col_px", "shift_confidence"), np.nan),
+    **dict.fromkeys(("moved_rows_px", "moved_cols_px"), 0),
 }
 
 
@@ -242,6 +263,8 @@ def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
         "valid_fraction": float(layer.valid.mean()),
         "acquired_at": layer.acquired_at,
         "sha256": digest,
+        **content(layer, modality),
+        **_NOT_MEASURED,
     }
 
 

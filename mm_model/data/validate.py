@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from great_expectations.expectations.row_conditions import Column
 from great_expectations.render.renderer import ValidationResultsPageRenderer
 from great_expectations.render.view import DefaultJinjaPageView
 
+from mm_model.config import ValidateConfig
+from mm_model.data import quality
 from mm_model.data.files import write_atomically
 from mm_model.data.split import MARGIN, SPLITS, TEST, TRAIN
 from mm_model.errors import DataError
@@ -37,7 +40,7 @@ _COMPLETE = (
 
 
 def judged_frame(index: pd.DataFrame, splits: pd.DataFrame) -> pd.DataFrame:
-    """The index with `split` and what is derived from it.
+    """The index with `split` and what is derived from it, here and by `quality.derive`.
 
     `pixels_per_gsd` is the side of a pixel over gsd_m, of both sides that which is farther from 1,
     and null where the transform is incomplete; `grids_of_patch` counts the grids that layers of a
@@ -53,11 +56,16 @@ def judged_frame(index: pd.DataFrame, splits: pd.DataFrame) -> pd.DataFrame:
     frame["grids_of_patch"] = grid.groupby(frame["patch_id"]).transform("nunique")
     side = frame["split"].replace(MARGIN, TRAIN)
     frame["splits_of_place"] = side.groupby(frame["place_id"]).transform("nunique")
-    return frame
+    return quality.derive(frame)
 
 
 def build_suite(
-    modalities: Sequence[Modality], *, patch_px: int, min_valid_fraction: float
+    modalities: Sequence[Modality],
+    *,
+    patch_px: int,
+    min_valid_fraction: float,
+    max_shift_px: float,
+    limits: ValidateConfig,
 ) -> gx.ExpectationSuite:
     """Everything that an index of these modalities must satisfy."""
     names = [m.name for m in modalities]
@@ -85,8 +93,23 @@ def build_suite(
         ),
     ]
     expectations += [gxe.ExpectColumnValuesToNotBeNull(column=c) for c in _COMPLETE]
+    mostly = 1 - limits.tolerated_share
+    for column, greatest in {
+        "white_share": limits.max_white_share,
+        "saturated_share": limits.max_saturated_share,
+        "days_apart": limits.max_days_apart,
+        "shift_px": max_shift_px,
+    }.items():
+        expectations.append(between(column=column, max_value=greatest, mostly=mostly))
+    expectations.append(gxe.ExpectColumnValuesToBeNull(column="near_duplicate_of", mostly=mostly))
     for modality in modalities:
         low, high = modality.valid_range
+        if not modality.is_categorical:  # decibels that are power, reflectance that is numbers
+            least, most = modality.quantity.traits.plausible_median
+            condition = Column("modality") == modality.name
+            expectations.append(
+                between(column="median", min_value=least, max_value=most, row_condition=condition)
+            )
         for column in ("min", "max"):
             condition = Column("modality") == modality.name
             expectations.append(
@@ -106,6 +129,8 @@ def validate(
     *,
     patch_px: int,
     min_valid_fraction: float,
+    max_shift_px: float,
+    limits: ValidateConfig,
     report: Path,
     docs: Path,
 ) -> int:
@@ -117,7 +142,13 @@ def validate(
     Raises:
         DataError: one was not; the message names the rows.
     """
-    suite = build_suite(modalities, patch_px=patch_px, min_valid_fraction=min_valid_fraction)
+    suite = build_suite(
+        modalities,
+        patch_px=patch_px,
+        min_valid_fraction=min_valid_fraction,
+        max_shift_px=max_shift_px,
+        limits=limits,
+    )
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     asset = context.data_sources.add_pandas("patches").add_dataframe_asset("index")
@@ -134,9 +165,16 @@ def validate(
     )
     outcomes = [_outcome(one) for one in result.results]
     failed = [o for o in outcomes if not o["success"]]
-    summary = {"success": not failed, "rows": len(index), "expectations": outcomes}
+    alignment = quality.alignment_table(index)
+    summary = {
+        "success": not failed,
+        "rows": len(index),
+        "alignment": alignment,
+        "excluded_layers": quality.excluded_layers(index),
+        "expectations": outcomes,
+    }
     write_atomically(report, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-    write_atomically(docs / "index.html", _page(result).encode())
+    write_atomically(docs / "index.html", _page(result, alignment).encode())
     if failed:
         raise DataError(
             f"{len(failed)} of {len(outcomes)} expectations of the data are not met",
@@ -214,7 +252,22 @@ button,nav,.navbar,.cooltip .top,.page-actions-card{display:none}
 </style></head>"""
 
 
-def _page(result: Any) -> str:
+def _alignment_section(alignment: Sequence[dict[str, Any]]) -> str:
+    heads = ("source", "reference", "modality", "layers", "known", "median_px", "p95_px", "moved")
+    lines = [
+        "<tr>" + "".join(f"<td>{escape(str(row[h]))}</td>" for h in heads) + "</tr>"
+        for row in alignment
+    ]
+    titles = "".join(f"<th>{h.replace('_px', ', px')}</th>" for h in heads)
+    return (
+        "<h2>Alignment</h2><p>How far layers lie from the reference layer of their patch, as"
+        " stored; the others share too little structure for it to be known.</p>"
+        f"<table><tr>{titles}</tr>{''.join(lines)}</table></body>"
+    )
+
+
+def _page(result: Any, alignment: Sequence[dict[str, Any]]) -> str:
     document = ValidationResultsPageRenderer(run_info_at_end=True).render(result)
     html = str(DefaultJinjaPageView().render(document))
-    return _FOREIGN.sub("", html).replace("</head>", _STYLE, 1)
+    page = _FOREIGN.sub("", html).replace("</head>", _STYLE, 1)
+    return page.replace("</body>", _alignment_section(alignment), 1)

@@ -16,6 +16,7 @@ def main() -> None:
         params.selected,
         shard_patches=params.prepare.shard_patches,
         min_valid_fraction=params.prepare.min_valid_fraction,
+        alignment=params.prepare.alignment,
     )
     print(f"{count} patches in data/patches")
 

@@ -21,6 +21,8 @@ def main() -> None:
         params.selected,
         patch_px=params.prepare.patch_px,
         min_valid_fraction=params.prepare.min_valid_fraction,
+        max_shift_px=params.prepare.alignment.max_shift_px,
+        limits=params.validate_,
         report=Path("data/validation.json"),
         docs=Path("data/docs"),
     )

@@ -6,7 +6,7 @@ import yaml
 from data_fixtures import PAIR, PlacesSource
 from geotiff_fixtures import FOUR, manifest, write_rasters
 
-from mm_model.config import PrepareConfig, SplitConfig
+from mm_model.config import PrepareConfig, SplitConfig, ValidateConfig
 from mm_model.data.prepare import open_source, prepare
 from mm_model.data.sources.pyramid import Pyramid
 from mm_model.data.split import SPLITS, make_splits
@@ -18,6 +18,7 @@ from mm_model.modalities import MODALITIES, select
 
 CHOSEN = select(["sar", "dem", "map"])
 PATCH_PX = 16
+KEEP = {"action": "keep", "max_shift_px": 1.5}
 
 
 def synthetic(gsd_m, modalities=CHOSEN, **changes):
@@ -29,6 +30,7 @@ def synthetic(gsd_m, modalities=CHOSEN, **changes):
             gsd_m=gsd_m,
             min_valid_fraction=0.2,
             shard_patches=50,
+            alignment=KEEP,
             synthetic=earth,
         ),
         modalities,
@@ -119,6 +121,7 @@ def test_a_scene_whose_manifest_fixes_the_distance_is_read_once(tmp_path):
             gsd_m=(10, 20),
             min_valid_fraction=0.2,
             shard_patches=50,
+            alignment=KEEP,
             geotiff={"manifest": tmp_path / "manifest.yaml"},
         ),
         FOUR,
@@ -145,7 +148,10 @@ def test_a_store_of_several_distances_is_split_judged_and_measured(store, tmp_pa
     splits = make_splits(index, SplitConfig(seed=1, train=0.6, validation=0.1, margin_m=500))
     assert set(splits["split"]) <= set(SPLITS)
     assert (splits.groupby("place_id")["split"].nunique() == 1).all()
-    facts = {"patch_px": PATCH_PX, "min_valid_fraction": 0.2}
+    limits = ValidateConfig(
+        max_white_share=0.8, max_saturated_share=0.5, max_days_apart=31, tolerated_share=0.05
+    )
+    facts = {"patch_px": PATCH_PX, "min_valid_fraction": 0.2, "max_shift_px": 1.5, "limits": limits}
     paths = {"report": tmp_path / "validation.json", "docs": tmp_path / "docs"}
     assert validate(index, splits, CHOSEN, **facts, **paths) > 20
     fine = [i for i in range(len(store)) if store.read(i).gsd_m == 10]

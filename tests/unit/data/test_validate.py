@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from data_fixtures import make_store
 
-from mm_model.config import SplitConfig
+from mm_model.config import SplitConfig, ValidateConfig
 from mm_model.data.split import TRAIN, VALIDATION, make_splits
 from mm_model.data.validate import validate
 from mm_model.errors import DataError
@@ -25,13 +25,20 @@ def tables(tmp_path_factory):
     return index, splits
 
 
-def judge(index, splits, folder):
+def judge(index, splits, folder, tolerated=0.0):
     return validate(
         index,
         splits,
         ALL,
         patch_px=SIDE,
         min_valid_fraction=0.3,
+        max_shift_px=1.5,
+        limits=ValidateConfig(
+            max_white_share=0.8,
+            max_saturated_share=0.5,
+            max_days_apart=31,
+            tolerated_share=tolerated,
+        ),
         report=folder / "validation.json",
         docs=folder / "docs",
     )
@@ -100,6 +107,25 @@ def unsplit(index, splits):
     return patch
 
 
+def copy_of_another_place(index, splits):
+    rows = index.index[index["look"].notna() & (index["modality"] == ALL[0].name)]
+    other = next(r for r in rows if index.at[r, "place_id"] != index.at[rows[0], "place_id"])
+    # Two of 128 bits differ, as after a change of some grey values.
+    index.at[other, "look"] = f"{int(index.at[rows[0], 'look'], 16) ^ (1 | 1 << 77):032x}"
+    return index.at[other, "patch_id"]
+
+
+def far_date(index, splits):
+    row = index.index[index["patch_id"].duplicated()][0]
+    index.at[row, "acquired_at"] = "2020-08"
+    return index.at[row, "patch_id"]
+
+
+def shifted_content(index, splits):
+    index.loc[7, ["shift_row_px", "shift_col_px"]] = 1.2, -1.3
+    return index.loc[7, "patch_id"]
+
+
 NUMBER, CLASS = ALL[2], next(m for m in ALL if m.is_categorical)
 FAULTS = {
     "twice": (duplicate, {("compound_columns_to_be_unique", "")}),
@@ -120,6 +146,15 @@ FAULTS = {
         {("null", "pixels_per_gsd"), ("between", "grids_of_patch")},
     ),
     "mean": (set_cell("mean", np.nan), {("null", "mean")}),
+    "clouds": (set_cell("white_share", 0.97), {("between", "white_share")}),
+    "constant": (set_cell("saturated_share", 1.0), {("between", "saturated_share")}),
+    "dates": (far_date, {("between", "days_apart")}),
+    "copy": (copy_of_another_place, {("null", "near_duplicate_of")}),
+    "displaced": (shifted_content, {("between", "shift_px")}),
+    "unit": (
+        set_cell("median", NUMBER.quantity.traits.plausible_median[1] + 1, NUMBER.name),
+        {("between", "median")},
+    ),
     "no split": (unsplit, {("null", "split")}),
     "torn place": (move(half_a_place, "test"), {("between", "splits_of_place")}),
     "no test": (
@@ -150,3 +185,27 @@ def test_each_fault_fails_its_expectation_alone_and_is_named(fault, tables, tmp_
     if patch:
         assert patch in str(raised.value)
     assert (tmp_path / "docs/index.html").is_file()
+
+
+def test_what_is_tolerated_is_still_counted_and_named(tables, tmp_path):
+    index, splits = (pd.DataFrame(t).copy() for t in tables)
+    patch = far_date(index, splits)
+    judge(index, splits, tmp_path, tolerated=0.2)
+    report = json.loads((tmp_path / "validation.json").read_text())
+    (found,) = [e for e in report["expectations"] if e["arguments"].get("column") == "days_apart"]
+    assert found["success"]
+    assert found["unexpected"] == 1
+    assert found["rows"][0]["patch_id"] == patch
+
+
+def test_shifts_are_on_the_page_by_source_and_pair(tables, tmp_path):
+    index, splits = (pd.DataFrame(t).copy() for t in tables)
+    rows = index.index[index["modality"] == NUMBER.name][:4]
+    index.loc[rows, "shift_reference"] = CLASS.name
+    index.loc[rows[:3], "shift_row_px"] = [0.3, 0.4, 0.5]
+    index.loc[rows[:3], "shift_col_px"] = 0.0
+    index.loc[rows[0], "moved_rows_px"] = -2
+    judge(index, splits, tmp_path)
+    (row,) = json.loads((tmp_path / "validation.json").read_text())["alignment"]
+    assert (row["layers"], row["known"], row["median_px"], row["moved"]) == (4, 3, 0.4, 1)
+    assert "<h2>Alignment</h2>" in (tmp_path / "docs/index.html").read_text()

@@ -1,0 +1,36 @@
+"""What `mm data` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mm_model.config import load_params
+from mm_model.data.drift import MOST_DISTANCE, drift
+from mm_model.data.store import PatchStore
+from mm_model.errors import DataError
+
+
+def show_drift(batch: Path) -> None:
+    """A table of distances and a verdict; raises DataError if a band or a legend has drifted."""
+    statistics = Path("data/stats.json")
+    if not statistics.is_file():
+        raise DataError(f"{statistics} does not exist", remedy="run the stage stats")
+    found = drift(PatchStore(batch), json.loads(statistics.read_text()), load_params().selected)
+    table = Table("modality", "of", "trained on", "batch", "distance", "verdict")
+    for one in found:
+        verdict = "drifted" if one.has_drifted else "alike"
+        row = (one.modality, one.what, one.trained, one.seen, f"{one.distance:.2f}", verdict)
+        table.add_row(*row)
+    Console().print(table)
+    drifted = [f"{d.modality} {d.what} ({d.distance:.2f})" for d in found if d.has_drifted]
+    if drifted:
+        raise DataError(
+            f"{batch} has drifted from the training set",
+            got=", ".join(drifted),
+            allowed=f"distances up to {MOST_DISTANCE:g}",
+            remedy="look at its units and places, or train on patches like it",
+        )
