@@ -62,6 +62,7 @@ def write_pipeline(folder: Path, server: StacServer, **keys: object) -> None:
     params = yaml.safe_load((ROOT / "examples/stac/params.yaml").read_text())
     params |= {"project": str(ROOT), "modalities": list(FIVE)}
     params["prepare"] |= {"patch_px": made.PATCH_PX}
+    params["prepare"]["alignment"]["action"] = "keep"  # what is read is compared, not moved
     params["prepare"]["geotiff"] = {"manifest": "params.yaml"}  # not read
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
