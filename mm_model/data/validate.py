@@ -263,7 +263,7 @@ def _alignment_section(alignment: Sequence[dict[str, Any]]) -> str:
     titles = "".join(f"<th>{h.replace('_px', ', px')}</th>" for h in heads)
     return (
         "<h2>Alignment</h2><p>How far layers lie from the reference layer of their patch, as"
-        " stored; the others share too little structure for it to be known.</p>"
+        " stored. Of the others it is not known; they may share too little structure.</p>"
         f"<table><tr>{titles}</tr>{''.join(lines)}</table></body>"
     )
 
