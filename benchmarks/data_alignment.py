@@ -2,8 +2,8 @@
 
 Each layer of a place is displaced by a known amount: numbers by a fraction of a pixel (through the
 Fourier transform), classes by whole pixels. A shift counts as found when the measured change of a
-pair's displacement is within 0.3 px of the change that was made. The pair's own displacement before
-that is physics (shadows, layover) and is given beside it.
+pair's displacement is within 0.3 px of the change that was made. The displacement that is measured
+of the pair before that, on the one grid it was rendered on, is given beside it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "shift_found_within_0_3px_share": "of pairs with a known shift, all pairs of modalities",
         "shift_known_share": f"textured: confidence over {LEAST_CONFIDENCE:g}, before and after",
         "shift_known_of_unrelated_share": "layers of two places, which share nothing",
-        "shift_own_of_synthetic_median_px": "as rendered: shadows lie beside their cause",
+        "shift_own_of_synthetic_median_px": "as rendered on one grid, not displaced",
         "shift_pair_ms": "processor time of a pair of 64 px, without its features",
     }
     return figures, notes

@@ -13,8 +13,9 @@ is fitted to it.
 The confidence is the peak's height above the scores elsewhere, in their standard deviations (peak
 to sidelobe ratio); a patch without common structure has no such peak and its shift is unknown.
 
-What is found is where things seem to be. Shadows beside trees, and echoes of radar from slopes, are
-truly displaced by up to a pixel; this cannot be told from a grid that is wrong by as much.
+What is found is where things seem to be. Layers of the synthetic Earth, rendered on one grid, are
+measured to lie up to 0.9 px apart (95th percentile; 0.2 px in the median). Shadows and the geometry
+of radar may be why; a grid that is wrong by as much cannot be told from it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ F32 = NDArray[np.float32]
 
 REACH_PX = 6
 """Displacements are looked for up to here, along rows and columns (less in patches below 48 px).
-The outermost two are not believed: trends that the patch shares with nothing peak at the rim."""
+The outermost two are not believed: a peak at the rim may be the flank of one that lies outside."""
 LEAST_CONFIDENCE = 8.0
 """Below this a shift is unknown; `benchmarks/data_alignment.py` measures what is above."""
 

@@ -52,6 +52,28 @@ def test_a_sound_index_passes_and_equal_data_give_an_equal_report(tables, tmp_pa
     assert json.loads(first)["success"] is True
 
 
+@pytest.mark.filterwarnings("error:.*match groups")
+@pytest.mark.parametrize(
+    ("date", "sound"),
+    [
+        *((d, True) for d in ("2020", "2020-06", "2020-06-01", "2020-06-01T10:20:30.5Z")),
+        *((d, True) for d in ("2020-06-01T10:20", "2020-06-01T10:20:30+02:00")),
+        *(
+            (d, False)
+            for d in ("20", "2020-6", "2020-06-01T", "2020-06-01Z", "2020T10:20", "x2020")
+        ),
+    ],
+)
+def test_dates_are_iso_8601_to_the_year_or_finer(tables, tmp_path, date, sound):
+    index, splits = (pd.DataFrame(t).copy() for t in tables)
+    index["acquired_at"] = date
+    if sound:
+        judge(index, splits, tmp_path)
+    else:
+        with pytest.raises(DataError, match="acquired_at"):
+            judge(index, splits, tmp_path)
+
+
 def test_the_page_needs_no_network(tables, tmp_path):
     judge(*tables, tmp_path)
     page = (tmp_path / "docs/index.html").read_text()
