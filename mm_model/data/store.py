@@ -63,8 +63,7 @@ class PatchStore:
             ) from error
         ids = self.index["patch_id"].to_numpy()
         # Plain arrays: pandas takes longer to find a row than the file to give its pixels.
-        objects = self.index.astype(object).where(self.index.notna(), None)
-        self._columns = {c: objects[c].to_numpy() for c in objects}
+        self._columns = {c: _plain(self.index[c]) for c in _COLUMNS}
         first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]) & (ids == ids))
         self._starts = np.append(first, len(ids))
         self.patch_ids = [str(i) for i in ids[first]]
@@ -84,7 +83,7 @@ class PatchStore:
         """A patch's index rows by modality, None where nothing is known."""
         get = self._columns
         rows = range(self._starts[position], self._starts[position + 1])
-        return {get["modality"][row]: {c: get[c][row] for c in _COLUMNS} for row in rows}
+        return {get["modality"][row]: {c: _known(get[c][row]) for c in _COLUMNS} for row in rows}
 
     def read(self, position: int, modalities: Sequence[str] | None = None) -> Patch:
         """A patch, with all its layers or those named that it has.
@@ -103,7 +102,7 @@ class PatchStore:
                     get["shard"][row],
                     int(get["row"][row]),
                     get["acquired_at"][row],
-                    get["native_gsd_m"][row],
+                    _known(get["native_gsd_m"][row]),
                 )
         at = rows[0]
         transform = tuple(float(get[k][at]) for k in "abcdef")
@@ -238,6 +237,22 @@ _NOT_MEASURED = {
     **dict.fromkeys(("shift_row_px", "shift_col_px", "shift_confidence"), np.nan),
     **dict.fromkeys(("moved_rows_px", "moved_cols_px"), 0),
 }
+
+
+def _plain(column: pd.Series[Any]) -> NDArray[Any]:
+    """Numbers as they lie there; of texts one object each, however many rows have it, or None."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy()
+    codes, texts = pd.factorize(column)
+    found = np.full(len(texts) + 1, None, dtype=object)  # unknown has code -1, which is the last
+    found[:-1] = texts
+    return found[codes]
+
+
+def _known(value: Any) -> Any:
+    """A Python object, None for NaN."""
+    found = value.item() if isinstance(value, np.generic) else value
+    return None if found != found else found
 
 
 def describe(patch: Patch, modality: Modality) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import pickle
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from data_fixtures import CONTINUOUS, PAIR, make_store, place_patches
@@ -163,3 +164,14 @@ def test_patches_of_another_size_are_refused(tmp_path):
         writer.add(next(place_patches(0, [CONTINUOUS[0]])))
         with pytest.raises(DataError, match="allowed"):
             writer.add(next(place_patches(1, [CONTINUOUS[0]], shape=(9, 12))))
+
+
+def test_described_rows_are_plain_objects_and_texts_are_held_once(tmp_path):
+    store = make_store(tmp_path / "store", 5)
+    rows = [row for at in range(len(store)) for row in store.described(at).values()]
+    assert {type(v) for row in rows for v in row.values()} <= {str, int, float, type(None)}
+    for row, (_, expected) in zip(rows, store.index.iterrows(), strict=True):
+        for column, value in row.items():
+            assert value == expected[column] or (value is None and pd.isna(expected[column]))
+    assert any(row["shift_row_px"] is None for row in rows)
+    assert len({id(row["crs"]) for row in rows}) == 1
