@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mm_model.config import load_params
-from mm_model.data.drift import MOST_DISTANCE, drift
+from mm_model.data.drift import HEADS, MOST_DISTANCE, drift
 from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 
@@ -20,11 +20,11 @@ def show_drift(batch: Path) -> None:
     if not statistics.is_file():
         raise DataError(f"{statistics} does not exist", remedy="run the stage stats")
     found = drift(PatchStore(batch), json.loads(statistics.read_text()), load_params().selected)
-    table = Table("modality", "of", "trained on", "batch", "distance", "verdict")
+    if not found:
+        raise DataError(f"drift of {batch}", got="no valid pixel of an active modality")
+    table = Table(*HEADS)
     for one in found:
-        verdict = "drifted" if one.has_drifted else "alike"
-        row = (one.modality, one.what, one.trained, one.seen, f"{one.distance:.2f}", verdict)
-        table.add_row(*row)
+        table.add_row(*one.cells)
     Console().print(table)
     drifted = [f"{d.modality} {d.what} ({d.distance:.2f})" for d in found if d.has_drifted]
     if drifted:

@@ -92,6 +92,13 @@ class BandSummary:
             self.histogram + other.histogram,
         )
 
+    def shares(self, value: float) -> tuple[float, float]:
+        """Of what was seen: below the bin of `value`, and up to its end."""
+        low, high = self.valid_range
+        at = int(np.clip((value - low) / (high - low) * _BINS, 0, _BINS - 1))
+        below, total = self.histogram[:at].sum(), self.histogram.sum()
+        return float(below / total), float((below + self.histogram[at]) / total)
+
     def quantile(self, q: float) -> float:
         """By linear interpolation in its bin; never outside of what was seen."""
         cumulative = np.cumsum(self.histogram)
@@ -148,7 +155,7 @@ def compute_statistics(
 def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality) -> dict[str, Any]:
     if modality.is_categorical:
         counts = np.zeros(256, dtype=np.int64)
-        for layer in _layers(store, positions, modality):
+        for layer in layers_of(store, positions, modality):
             counts += np.bincount(layer.values[0, layer.valid], minlength=256)
         _require(int(counts.sum()), modality)
         classes = {str(code): int(counts[code]) for code in modality.class_codes}
@@ -156,7 +163,7 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
     bands, (low, high) = len(modality.bands), modality.valid_range
     ranges = [(low, high)] * bands + [(low - high, high - low)] * (modality.channels - bands)
     summaries: list[BandSummary] | None = None
-    for layer in _layers(store, positions, modality):
+    for layer in layers_of(store, positions, modality):
         known = [*layer.values[:, layer.valid], *_channels(layer, modality)[bands:]]
         parts = [BandSummary.of(v, limits) for v, limits in zip(known, ranges, strict=True)]
         summaries = (
@@ -167,7 +174,7 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
     constants = [_transform_constants(modality.transform, s) for s in summaries[:bands]]
     constants += [(0.0, _half_spread(s, _LEAST_RELIEF_SCALE)) for s in summaries[bands:]]
     transformed = [Moments() for _ in constants]
-    for layer in _layers(store, positions, modality):
+    for layer in layers_of(store, positions, modality):
         for i, channel in enumerate(_channels(layer, modality)):
             mapped = modality.transform.forward(channel, *constants[i], xp=np)
             transformed[i] = transformed[i].merge(Moments.of(mapped))
@@ -196,7 +203,7 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
     }
 
 
-def _layers(store: PatchStore, positions: Sequence[int], modality: Modality) -> Iterable[Layer]:
+def layers_of(store: PatchStore, positions: Sequence[int], modality: Modality) -> Iterable[Layer]:
     """The modality's layer of each patch that has it."""
     for position in positions:
         layer = store.read(position, [modality.name]).layers.get(modality.name)

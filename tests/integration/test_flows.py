@@ -22,27 +22,63 @@ from mm_model.adapters import services
 from mm_model.adapters.environment import DEFAULT_PORTS, prefect_api_url
 from mm_model.adapters.prefect_worker import FLOW_RUN
 
-pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/unit/data"))
+from data_fixtures import PAIR  # noqa: E402
+
+pytestmark = pytest.mark.integration
 
 DVC = """
 stages:
-  prepare: {cmd: echo prepared, always_changed: true}
-  split: {cmd: echo $MM_FLOW_RUN_ID > split, params: [seconds]}
+  prepare: {cmd: python prepare.py, params: [darkness], outs: [data/patches]}
+  split:
+    cmd: [echo $MM_FLOW_RUN_ID > split, python split.py]
+    params: [seconds]
+    deps: [data/patches]
+    outs: [data/splits.parquet]
   validate: {cmd: echo validated, always_changed: true}
   stats: {cmd: python stats.py, params: [seconds], outs: [data/stats.json]}
 """
+PREPARE = """
+import sys, yaml
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, "%s")
+from data_fixtures import PAIR, place_patches
+from mm_model.data.store import ShardWriter
+
+darkness = yaml.safe_load(open("params.yaml"))["darkness"]
+with ShardWriter(Path("data/patches"), PAIR, 8) as writer:
+    for place in range(6):
+        for patch in place_patches(place, PAIR, shape=(16, 24)):
+            name = PAIR[0].name
+            layer = patch.layers[name]
+            layer = replace(layer, values=layer.values / darkness)
+            writer.add(replace(patch, layers={**patch.layers, name: layer}))
+""" % (ROOT / "tests/unit/data")
+SPLIT = """
+import pandas as pd
+index = pd.read_parquet("data/patches/index.parquet")
+index[["patch_id"]].drop_duplicates().to_parquet("data/splits.parquet")
+"""
 STATS = """
-import json, subprocess, sys
-seconds = float(open("params.yaml").read().split()[1])
+import json, subprocess, sys, yaml
+from pathlib import Path
+sys.path.insert(0, "%s")
+from data_fixtures import PAIR
+from mm_model.data.stats import compute_statistics
+from mm_model.data.store import PatchStore
+
+seconds = yaml.safe_load(open("params.yaml"))["seconds"]
 if seconds < 0:
     sys.exit("error: patch 12 is broken; mend it")
 child = subprocess.Popen(["sleep", str(seconds)])
 open("pid", "w").write(str(child.pid))
 child.wait()
-with open("data/stats.json", "w") as file:
-    json.dump({"patches": 3, "places": 2, "sets": [{"modalities": ["a"], "patches": 3}]}, file)
-"""
+store = PatchStore(Path("data/patches"))
+statistics = compute_statistics(store, range(len(store)), PAIR)
+Path("data/stats.json").write_text(json.dumps(statistics))
+""" % (ROOT / "tests/unit/data")
 
 
 def free_ports(count: int) -> list[int]:
@@ -60,9 +96,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prefect.yaml", root)
     (root / "data").mkdir()
+    (root / "prepare.py").write_text(PREPARE)
+    (root / "split.py").write_text(SPLIT)
     (root / "dvc.yaml").write_text(DVC)
     (root / "stats.py").write_text(STATS)
-    (root / "params.yaml").write_text("seconds: 0")
+    (root / "params.yaml").write_text("{seconds: 0, darkness: 1}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MM_PROJECT", str(root))
         for name, number in zip(DEFAULT_PORTS, free_ports(len(DEFAULT_PORTS)), strict=True):
@@ -95,7 +133,7 @@ def api(path: str, body: object = None) -> Any:
     return answer.json()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -103,8 +141,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def start(project: Path, seconds: float) -> str:
-    (project / "params.yaml").write_text(f"seconds: {seconds}")
+def start(project: Path, seconds: float, darkness: float = 1) -> str:
+    (project / "params.yaml").write_text(f"{{seconds: {seconds}, darkness: {darkness}}}")
     (project / "pid").unlink(missing_ok=True)
     deployment = api("/deployments/name/data-refresh/synthetic")["id"]
     return str(
@@ -151,8 +189,38 @@ def test_deployment_run_in_the_project_folder_needs_no_environment(project: Path
     assert "Completed" in done.stdout
     run = (project / "split").read_text().strip()
     assert api(f"/flow_runs/{run}")["name"] == "data-refresh of ."
-    page = api("/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["data"]}}})[0]
-    assert "| a | 3 |" in page["data"]
+    assert "Training split: 18 patches of 6 places." in page("data")
+    assert "Drift was not judged: 18 new patches" in page("drift")
+
+
+def page(key: str) -> str:
+    return str(api("/artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}})[0]["data"])
+
+
+def warnings_of(run: str) -> list[str]:
+    wanted = {"logs": {"flow_run_id": {"any_": [run]}, "level": {"ge_": 30}}}
+    return [line["message"] for line in api("/logs/filter", wanted)]
+
+
+def test_drift_of_what_came_in_is_loud_and_stops_nothing(project: Path) -> None:
+    assert end_of(start(project, 0))[0] == "COMPLETED"
+    calm = start(project, 0.05)
+    assert end_of(calm)[0] == "COMPLETED"
+    assert page("drift") == "**No drift: no patch is new.**"
+    assert not warnings_of(calm)
+
+    run = start(project, 0.05, darkness=3)
+    assert end_of(run)[0] == "COMPLETED"
+    name, *others = (m.name for m in PAIR)
+    verdict, table = page("drift").split("\n\n")
+    assert verdict.startswith(f"**DRIFT in 18 new patches: {name} ")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert {(row[0], row[-1]) for row in rows} == {(name, "drifted"), (others[0], "alike")}
+    assert verdict.strip("*") in page("data")
+    wait_for(lambda: any(verdict.strip("*") in line for line in warnings_of(run)))
+
+    assert end_of(start(project, 0.1, darkness=3))[0] == "COMPLETED"
+    assert page("drift") == "**No drift: no patch is new.**"  # it is the training set now
 
 
 def test_a_failing_stage_ends_the_flow_with_its_own_message(project: Path) -> None:
