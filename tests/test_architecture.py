@@ -25,7 +25,7 @@ VENDORS = {
     "prefect": ("flows/",),
     "supervisor": ("mm_model/adapters/",),
     "dvc": ("mm_model/adapters/",),
-    "rasterio": ("mm_model/data/raster.py",),
+    "rasterio": ("mm_model/data/raster.py", "mm_model/data/strips.py"),
     "yaml": ("mm_model/config.py",),
     "fastapi": ("mm_model/serving/app.py",),
     "starlette": ("mm_model/serving/app.py",),

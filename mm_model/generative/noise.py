@@ -54,7 +54,7 @@ def batch_noise(
     width: int,
     origins: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """`canvas_noise` for each seed and origin, [B, channels, height, width]; 0 for seeds of None."""
+    """`canvas_noise` [B, channels, height, width] for each seed and origin; 0 for a None."""
     return torch.stack(
         [
             torch.zeros(channels, height, width)

@@ -190,7 +190,7 @@ def decode_scene(
     run = Chunks(x.device, precision)
     noise = torch.cat(
         [
-            batch_noise(seeds, m.name, m.channels, *x.shape[2:], starts)
+            batch_noise(seeds, m.name, m.channels, windows.height, windows.width, starts)
             for m in model.codec.modalities
         ],
         1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,12 @@ class Windows:
         size = (min(side, height), min(side, width))
         return cls(height, width, size, tuple((r, c) for r in rows for c in columns))
 
-    @property
+    @cached_property
     def rows(self) -> list[int]:
         """First rows of the windows, ascending."""
         return sorted({row for row, _ in self.corners})
 
-    @property
+    @cached_property
     def columns(self) -> list[int]:
         """First columns of the windows, ascending."""
         return sorted({column for _, column in self.corners})
@@ -62,7 +63,7 @@ class Windows:
         pieces = [canvas[:, :, r : r + high, c : c + wide] for r, c in self.corners]
         return torch.stack(pieces, 1).flatten(0, 1)
 
-    @property
+    @cached_property
     def weight(self) -> Tensor:
         """Of a window's pixels where several meet, float64 [*size]."""
         return _hump(self.size[0])[:, None] * _hump(self.size[1])
@@ -116,10 +117,10 @@ class Frame:
         (row, column), (top, left) = self.origin, self.corner
         return row - top, column - left
 
-    @property
+    @cached_property
     def windows(self) -> Windows:
         """Over the canvas, whose sides are multiples of `STRIDE`."""
-        (top, left) = self.corner
+        top, left = self.corner
         high, wide = self.height + top, self.width + left
         return Windows.cover(high + -high % STRIDE, wide + -wide % STRIDE, self.side, self.start)
 

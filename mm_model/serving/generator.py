@@ -82,7 +82,7 @@ class Generator:
     def __init__(
         self, bundle: Bundle, *, max_side_px: int = 1024, max_samples: int = 16, max_batch: int = 8
     ) -> None:
-        self._model = bundle.model
+        self.model = bundle.model
         self.manifest = bundle.manifest
         self.modalities: Mapping[str, Modality] = {m.name: m for m in bundle.manifest.modalities}
         self.max_side_px = max_side_px
@@ -317,7 +317,7 @@ class Generator:
         requests, seeds = [item[0] for item in items], [item[1] for item in items]
         x, mask, known = self._encode(requests)
         targets, steps = [request.targets for request in requests], requests[0].steps
-        x = sample(self._model, x, mask, targets, seeds, steps, conditions=known, check=check)
+        x = sample(self.model, x, mask, targets, seeds, steps, conditions=known, check=check)
         # One by one: where images do not fill the processor's vectors, those within a batch
         # straddle them, and round otherwise than alone (elevation of 27 x 45 pixels: by 1e-5 m).
         return [self._decode(x[i : i + 1], names) for i, names in enumerate(targets)]
@@ -325,7 +325,7 @@ class Generator:
     def _decode(self, x: Tensor, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
         return {
             name: value[0].cpu().numpy().astype(self.modalities[name].dtype, copy=False)
-            for name, value in self._model.codec.decode(x, names).items()
+            for name, value in self.model.codec.decode(x, names).items()
         }
 
     @torch.inference_mode()
@@ -337,7 +337,7 @@ class Generator:
                 check()
             batch = group[start : start + size]
             x, mask, known = self._encode(batch)
-            scenes = mean_scene(self._model, x, mask, conditions=known).float().cpu().numpy()
+            scenes = mean_scene(self.model, x, mask, conditions=known).float().cpu().numpy()
             found += [_embedding(r, z) for r, z in zip(batch, scenes, strict=True)]
         return found
 
@@ -350,7 +350,7 @@ class Generator:
 
     def _encode_one(self, request: Aligned) -> tuple[Tensor, Tensor]:
         if not request.observed:
-            return self._model.codec.empty(1, *request.grid.shape)
+            return self.model.codec.empty(1, *request.grid.shape)
         values = {
             n: torch.from_numpy(v.astype(np.float32)) for n, (v, _) in request.observed.items()
         }
@@ -358,7 +358,7 @@ class Generator:
         scene = Scene(
             {n: v[None] for n, v in values.items()}, {n: m[None, None] for n, m in valid.items()}
         )
-        return self._model.codec.encode(scene.to(self._device))
+        return self.model.codec.encode(scene.to(self._device))
 
 
 def _embedding(request: Aligned, scene: NDArray[np.float32]) -> Embedding:
