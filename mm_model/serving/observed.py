@@ -28,6 +28,7 @@ Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]
 """Values [bands, rows, W] in physical units, or class codes, and valid [rows, W]."""
 
 _MEDIAN_PIXELS = 4096  # of a strip that tell the median
+_READ_ROWS = 256  # half a block of a COG; whole ones would take twice the memory
 _ENCODED_ROWS = 128  # that are encoded together
 _HALO = LEVEL_PX // 2 * 2  # rows that the level, and the level's mean, of a pixel reach
 
@@ -60,6 +61,7 @@ class ObservedFiles:
             check_header(header, self._modalities[name], str(self._files[name]), generator)
         grids = {n: header.grid for n, header in self._headers.items()}
         self.grid: Grid = generator.check_grids(grids if onto is None else {onto: grids[onto]})
+        self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
         self.has_holes: set[str] = set()
         for name, grid in grids.items():
             check_overlap(name, grid, self.grid)
@@ -74,7 +76,27 @@ class ObservedFiles:
 
     def read(self, row: int, rows: int) -> dict[str, Pixels]:
         """All layers on rows of the grid."""
-        return {name: self._read(name, row, rows) for name in self._files}
+        numbers = range(row // _READ_ROWS, -(-(row + rows) // _READ_ROWS))
+        chunks = [self._chunk(number) for number in numbers]
+        inner = slice(row - numbers[0] * _READ_ROWS, row + rows - numbers[0] * _READ_ROWS)
+        return {
+            name: (
+                np.concatenate([chunk[name][0] for chunk in chunks], axis=1)[:, inner],
+                np.concatenate([chunk[name][1] for chunk in chunks])[inner],
+            )
+            for name in self._files
+        }
+
+    def _chunk(self, number: int) -> dict[str, Pixels]:
+        """Rows that are read together; the last ones stay, for those who follow one another."""
+        if number not in self._kept:
+            row = number * _READ_ROWS
+            rows = min(_READ_ROWS, self.grid.height - row)
+            self._kept[number] = {name: self._read(name, row, rows) for name in self._files}
+            while len(self._kept) > 3:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
 
     def _read(self, name: str, row: int, rows: int) -> Pixels:
         modality, source = self._modalities[name], self._headers[name].grid

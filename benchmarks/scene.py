@@ -1,0 +1,196 @@
+"""Whole scenes, from a file to files: seconds, peak memory, and whether borders of windows show.
+
+`python -m benchmarks scene` measures the sides in `SIDES_PX`; `python -m benchmarks.scene --side N
+--steps K` one of any size. Each runs in a process of its own, through the bundle in the box.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import record
+from benchmarks.generate import observed_of
+from mm_model.api import DEFAULT_STEPS, ModelIdentity
+from mm_model.bundle import load_bundle
+from mm_model.data import raster
+from mm_model.data.sources.synthetic import CRS, Acquisition, render
+from mm_model.data.strips import CogWriter, strips
+from mm_model.generative.windows import STRIDE, Frame
+from mm_model.geo.grid import Grid
+from mm_model.modalities import Kind, Modality, Quantity
+from mm_model.pretrained import PRETRAINED
+from mm_model.serving.generator import Generator
+from mm_model.serving.scenes import MAX_SIDE_PX, SceneRequest, write_scene
+
+SIDES_PX = {1024: DEFAULT_STEPS, 4096: DEFAULT_STEPS, 10_980: 1}
+"""Sampling steps by the scene's side; 10,980 is a tile of Sentinel-2, at the cheapest."""
+_TILE_PX = 512  # that the observed scene is rendered in
+_SEED = 5
+
+
+def measure() -> tuple[dict[str, float], dict[str, str]]:
+    """Each side in turn."""
+    figures: dict[str, float] = {}
+    for side, steps in SIDES_PX.items():
+        figures |= _in_a_process(side, steps, None)
+    for name, path in real_scenes().items():
+        figures |= {f"{key}_{name}": value for key, value in _in_a_process(0, 4, path).items()}
+    notes = {
+        "": "From radar to reflectance and land cover, through the bundle in the box, files in and "
+        "out (COG with overviews), a process for each; its peak resident memory. The seam ratio is "
+        "the mean step from pixel to pixel where windows begin or end, over the same elsewhere.",
+        "scene_10980_s": "one step: the best single estimate",
+    }
+    return figures, notes
+
+
+def real_scenes() -> dict[str, Path]:
+    """Radar files with a side of 200 px or more, where the real rasters are."""
+    folder = Path(os.environ.get("MM_REAL_DATA", record.ROOT.parent / "shared" / "data"))
+    found = sorted(folder.glob("terramesh_examples/*/s1.tif"))
+    return {f"real_{path.parent.name}": path for path in found[:3]}
+
+
+def _in_a_process(side: int, steps: int, path: Path | None) -> dict[str, float]:
+    arguments = ["--side", str(side), "--steps", str(steps), "--json"]
+    arguments += ["--observe", str(path)] if path else []
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scene", *arguments],
+        cwd=record.ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return dict(json.loads(done.stdout))
+
+
+def observe(path: Path, modality: Modality, side: int) -> None:
+    """Write a square of the synthetic Earth as a COG, tile by tile."""
+    grid = Grid(CRS, (10.0, 0.0, 300_000.0, 0.0, -10.0, 5_000_040.0), side, side)
+    when = Acquisition.draw(_SEED)
+    with CogWriter(
+        path,
+        grid,
+        modality.band_names,
+        dtype=modality.dtype,
+        nodata=modality.nodata,
+        units=[modality.unit] * len(modality.bands),
+        tags=modality.file_tags,
+    ) as writer:
+        for row, rows in strips(side, _TILE_PX):
+            tiles = [
+                render(_SEED, grid.window(row, column, rows, columns), [modality], when)
+                for column, columns in strips(side, _TILE_PX)
+            ]
+            parts = [tile[modality.name].values for tile in tiles]
+            writer.write(np.concatenate(parts, axis=2))
+        writer.finish()
+
+
+def seam_gradient_ratio(path: Path, modality: Modality, frame: Frame) -> dict[str, float]:
+    """Mean steps between neighbours, over those elsewhere, across rows and across columns together.
+
+    "seam": where windows begin or end, over other borders of the decoder's cells of 8 px, since
+    these show in any window (docs/benchmarks.md). "cell": at borders of cells, over elsewhere.
+    """
+    windows, (top, left) = frame.windows, frame.corner
+    wide = raster.read_raster(path).values.astype(np.float32)
+    at: dict[str, list[NDArray[np.float64]]] = {"seam": [], "cell": [], "inside": []}
+    for axis, starts, first in ((1, windows.rows, top), (2, windows.columns, left)):
+        ends = {start + windows.size[axis - 1] for start in starts}
+        steps = np.diff(wide, axis=axis)
+        if modality.kind is not Kind.CONTINUOUS:
+            steps = (steps != 0).astype(np.float32)
+        profile = np.nanmean(np.abs(steps), axis=tuple(a for a in range(3) if a != axis))
+        place = np.arange(1, len(profile) + 1) + first
+        border, cell = np.isin(place, [*starts, *ends]), place % STRIDE == 0
+        at["seam"].append(profile[border])
+        at["cell"].append(profile[cell & ~border])
+        at["inside"].append(profile[~cell])
+    mean = {name: float(np.concatenate(found).mean()) for name, found in at.items()}
+    return {"seam": mean["seam"] / mean["cell"], "cell": mean["cell"] / mean["inside"]}
+
+
+def run(side: int, steps: int, path: Path | None, folder: Path, threads: int) -> dict[str, float]:
+    """Figures of one scene."""
+    torch.set_num_threads(threads)
+    bundle = load_bundle(PRETRAINED)
+    modalities = bundle.manifest.modalities
+    source = observed_of(modalities)
+    if path is None:
+        path = folder / f"observed_{side}.tif"
+        if not path.exists():
+            command = "from benchmarks.scene import *; observe(Path(sys.argv[1]), observed_of("
+            command += "load_bundle(PRETRAINED).manifest.modalities), int(sys.argv[2]))"
+            subprocess.run([sys.executable, "-c", command, str(path), str(side)], check=True)
+        key = f"scene_{side}"
+    else:
+        key = "scene"
+    wanted = [next(m for m in modalities if m.quantity is q) for q in _WANTED]
+    generator = Generator(bundle, max_side_px=MAX_SIDE_PX)
+    request = SceneRequest({source.name: path}, tuple(m.name for m in wanted), steps=steps)
+    began = time.perf_counter()
+    said = began
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.perf_counter() - said > 30:
+            said = time.perf_counter()
+            share = done / total
+            left = (said - began) * (1 - share) / share
+            print(f"{done} of {total} windows, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    model = ModelIdentity(name="pretrained", version=bundle.manifest.bundle_id[:12])
+    write_scene(generator, request, model, folder / "out", tell)
+    figures = {
+        f"{key}_s": time.perf_counter() - began,
+        f"{key}_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    grid = raster.read_header(path).grid
+    frame = Frame(grid.height, grid.width, bundle.manifest.patch_px, grid.position)
+    for modality in wanted:
+        if side <= 4096:
+            found = seam_gradient_ratio(folder / "out" / f"{modality.name}.tif", modality, frame)
+            for kind, ratio in found.items():
+                figures[f"{key}_{kind}_gradient_ratio_{modality.name}"] = ratio
+    return figures
+
+
+_WANTED = (Quantity.REFLECTANCE, Quantity.LAND_COVER)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scene", description=__doc__)
+    add = parser.add_argument
+    add("--side", type=int, default=1024, help="of a square of the synthetic Earth, in pixels")
+    add("--observe", type=Path, help="radar of a real scene instead")
+    add("--steps", type=int, default=DEFAULT_STEPS)
+    add("--threads", type=int, default=os.cpu_count() or 1)
+    add("--keep", type=Path, help="folder for what is observed and generated")
+    add("--json", action="store_true", help="print figures as one line of JSON")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mm-bench-") as folder:
+        kept = chosen.keep or Path(folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        figures = run(chosen.side, chosen.steps, chosen.observe, kept, chosen.threads)
+    if chosen.json:
+        print(json.dumps(figures))
+    else:
+        for key, value in figures.items():
+            print(f"{key:48} {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()
