@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,27 +46,53 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
     figures: dict[str, float] = {}
     for side, steps in SIDES_PX.items():
         figures |= _in_a_process(side, steps, None)
-    for name, path in real_scenes().items():
-        figures |= {f"{key}_{name}": value for key, value in _in_a_process(0, 4, path).items()}
+    for name, (quantity, path, scale) in real_scenes().items():
+        with tempfile.TemporaryDirectory(prefix="mm-bench-") as folder:
+            given = _in_units(quantity, path, scale, Path(folder))
+            found = _in_a_process(0, DEFAULT_STEPS, given)
+        figures |= {key.replace("scene", f"real_{name}", 1): v for key, v in found.items()}
     notes = {
-        "": "From radar to reflectance and land cover, through the bundle in the box, files in and "
-        "out (COG with overviews), a process for each; its peak resident memory. The seam ratio is "
-        "the mean step from pixel to pixel where windows begin or end, over the same elsewhere.",
+        "": "Synthetic radar to reflectance and land cover, and real reflectance and elevation to "
+        "others of these, through the bundle in the box, files in and out (COG with overviews), a "
+        "process for each; its peak resident memory. Seam ratio: the mean step from pixel to pixel "
+        "where windows begin or end, over that at other borders of the decoder's cells of 8 px; "
+        "cell ratio: at these, over elsewhere.",
         "scene_10980_s": "one step: the best single estimate",
     }
     return figures, notes
 
 
-def real_scenes() -> dict[str, Path]:
-    """Radar files with a side of 200 px or more, where the real rasters are."""
+def real_scenes() -> dict[str, tuple[Quantity, Path, float]]:
+    """Scenes with a side of 800 px or more, where the real rasters are: what is observed and what a
+    stored number is in its unit.
+    """
     folder = Path(os.environ.get("MM_REAL_DATA", record.ROOT.parent / "shared" / "data"))
-    found = sorted(folder.glob("terramesh_examples/*/s1.tif"))
-    return {f"real_{path.parent.name}": path for path in found[:3]}
+    files = {
+        "majortom": (Quantity.REFLECTANCE, "majortom_s2_sample/199U_1099R/rgb.tif", 1e-4),
+        "zion": (Quantity.ELEVATION, "zion_landsat8/zion/dem.tif", 1.0),
+    }
+    found = {name: (q, folder / path, scale) for name, (q, path, scale) in files.items()}
+    return {name: it for name, it in found.items() if it[1].is_file()}
 
 
-def _in_a_process(side: int, steps: int, path: Path | None) -> dict[str, float]:
+def _in_units(quantity: Quantity, path: Path, scale: float, folder: Path) -> str:
+    """MODALITY=FILE of a scene in physical units."""
+    modality = _of(load_bundle(PRETRAINED).manifest.modalities, quantity)
+    found = raster.read_raster(path)
+    target = folder / f"{modality.name}_observed.tif"
+    values = found.values[: len(modality.bands)] * scale
+    raster.write_geotiff(target, values, found.valid, found.grid, modality)
+    return f"{modality.name}={target}"
+
+
+def _of(modalities: Sequence[Modality], *wanted: Quantity) -> Modality:
+    """The first modality of these quantities."""
+    return next(m for m in modalities if m.quantity in wanted)
+
+
+def _in_a_process(side: int, steps: int, given: str | None) -> dict[str, float]:
     arguments = ["--side", str(side), "--steps", str(steps), "--json"]
-    arguments += ["--observe", str(path)] if path else []
+    arguments += ["--observe", given] if given else []
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scene", *arguments],
         cwd=record.ROOT,
@@ -99,6 +126,11 @@ def observe(path: Path, modality: Modality, side: int) -> None:
         writer.finish()
 
 
+def observe_box(path: Path, side: int) -> None:
+    """`observe` for the bundle in the box."""
+    observe(path, observed_of(load_bundle(PRETRAINED).manifest.modalities), side)
+
+
 def seam_gradient_ratio(path: Path, modality: Modality, frame: Frame) -> dict[str, float]:
     """Mean steps between neighbours, over those elsewhere, across rows and across columns together.
 
@@ -123,22 +155,29 @@ def seam_gradient_ratio(path: Path, modality: Modality, frame: Frame) -> dict[st
     return {"seam": mean["seam"] / mean["cell"], "cell": mean["cell"] / mean["inside"]}
 
 
-def run(side: int, steps: int, path: Path | None, folder: Path, threads: int) -> dict[str, float]:
+def run(side: int, steps: int, given: str | None, folder: Path, threads: int) -> dict[str, float]:
     """Figures of one scene."""
     torch.set_num_threads(threads)
     bundle = load_bundle(PRETRAINED)
     modalities = bundle.manifest.modalities
-    source = observed_of(modalities)
-    if path is None:
-        path = folder / f"observed_{side}.tif"
+    by_name = {m.name: m for m in modalities}
+    if given is None:
+        source, path, key = (
+            observed_of(modalities),
+            folder / f"observed_{side}.tif",
+            f"scene_{side}",
+        )
         if not path.exists():
-            command = "from benchmarks.scene import *; observe(Path(sys.argv[1]), observed_of("
-            command += "load_bundle(PRETRAINED).manifest.modalities), int(sys.argv[2]))"
-            subprocess.run([sys.executable, "-c", command, str(path), str(side)], check=True)
-        key = f"scene_{side}"
+            # In a process of its own: its memory is none of the scene's.
+            code = (
+                "from benchmarks.scene import *; observe_box(Path(sys.argv[1]), int(sys.argv[2]))"
+            )
+            subprocess.run([sys.executable, "-c", code, str(path), str(side)], check=True)
     else:
-        key = "scene"
-    wanted = [next(m for m in modalities if m.quantity is q) for q in _WANTED]
+        name, _, file = given.partition("=")
+        source, path, key = by_name[name], Path(file), "scene"
+    others = [m for m in modalities if m != source]
+    wanted = [_of(others, Quantity.REFLECTANCE), _of(others, Quantity.LAND_COVER)]
     generator = Generator(bundle, max_side_px=MAX_SIDE_PX)
     request = SceneRequest({source.name: path}, tuple(m.name for m in wanted), steps=steps)
     began = time.perf_counter()
@@ -168,14 +207,11 @@ def run(side: int, steps: int, path: Path | None, folder: Path, threads: int) ->
     return figures
 
 
-_WANTED = (Quantity.REFLECTANCE, Quantity.LAND_COVER)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scene", description=__doc__)
     add = parser.add_argument
     add("--side", type=int, default=1024, help="of a square of the synthetic Earth, in pixels")
-    add("--observe", type=Path, help="radar of a real scene instead")
+    add("--observe", metavar="MODALITY=FILE", help="a scene of one's own instead")
     add("--steps", type=int, default=DEFAULT_STEPS)
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--keep", type=Path, help="folder for what is observed and generated")

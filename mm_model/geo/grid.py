@@ -61,6 +61,8 @@ class Grid:
         Images of one system and pixel size that overlap count every pixel alike, whatever part of
         the ground they show; for one that lies nowhere it is (0, 0).
         """
+        if not self.crs:
+            return 0, 0
         a, b, c, d, e, f = self.transform
         determinant = a * e - b * d
         row, col = (a * f - d * c) / determinant, (e * c - b * f) / determinant

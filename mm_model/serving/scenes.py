@@ -1,7 +1,7 @@
 """Scenes of any size, from files to files: what `Generator` makes, in memory that is bounded by the
 rows in progress and not by the scene.
 
-The latent scene is sampled once for the whole (1/256 of its pixels, so it is kept), then every
+The latent scene is sampled once for the whole (a byte a pixel, so it is kept), then every
 target is decoded from it, row of windows by row of windows, and written as it comes.
 """
 

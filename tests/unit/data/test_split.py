@@ -141,10 +141,10 @@ def test_a_margin_over_everything_is_an_error():
 def test_the_margin_reaches_across_reference_systems():
     one = index(20, spacing_m=10_000, prefix="a")
     # The same ground in the neighbouring zone: x of zone 33's meridian 15°E seen from 32.
-    from mm_model.data.raster import _transform_points
+    from mm_model.data.raster import transform_xy
 
     other = index(20, spacing_m=10_000, prefix="b")
-    xs, ys = _transform_points("EPSG:32633", "EPSG:32632", list(other["c"]), list(other["f"]))
+    xs, ys = transform_xy("EPSG:32633", "EPSG:32632", list(other["c"]), list(other["f"]))
     other["c"], other["f"], other["crs"] = xs, ys, "EPSG:32632"
     splits = make_splits(pd.concat([one, other]), config(margin_m=2000))
     found = splits.set_index("patch_id")["split"].to_dict()
