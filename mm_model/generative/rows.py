@@ -284,7 +284,7 @@ class RowSampler:
                 strip = fix(strip, context)
             if held is not None:
                 strip = advance(strip, held[:, :done], t, after)
-                held = held[:, done:]
+                held = held[:, done:].clone()  # a view would keep all of it
             yield strip
             sums = F.pad(sums[:, done:], (0, 0, 0, done))
             total = F.pad(total[done:], (0, 0, 0, done))

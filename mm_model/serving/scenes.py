@@ -286,4 +286,4 @@ def decoded(
         yield done, held[:, inner], values
         done = ready
         drop = max(0, done - reach - first)
-        held, first = held[:, drop:], first + drop
+        held, first = held[:, drop:].clone(), first + drop
