@@ -297,7 +297,7 @@ def generate(
     latitude: LatitudeOption = None,
     gsd: GsdOption = None,
 ) -> None:
-    """GeoTIFFs of any modality from GeoTIFFs of any others."""
+    """GeoTIFFs of any modality from GeoTIFFs of any others, of any size."""
     from mm_model.cli.images import conditions_of
     from mm_model.cli.images import generate as run
 

@@ -21,7 +21,7 @@ from mm_model.data.strips import thumbnail
 from mm_model.errors import ConfigError, DataError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
-from mm_model.pictures import Panel, save_sheet
+from mm_model.pictures import Amount, Panel, save_amounts, save_sheet
 from mm_model.pretrained import NAME, PRETRAINED
 
 if TYPE_CHECKING:
@@ -115,10 +115,26 @@ def _draw(files: Mapping[str, Path], written: Sequence[Path], title: str, out: P
     # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
     seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
     rows = [seen] if seen else []
-    drawn = [path for path in written if not path.stem.endswith("_uncertainty")]
-    rows.append([panel_of(path, path.stem) for path in drawn])
+    gathered = [path for path in written if path.stem.endswith("_uncertainty")]
+    rows.append([panel_of(path, path.stem) for path in written if path not in gathered])
     save_sheet(picture, rows, title)
+    if gathered:
+        amounts = [amount_of(path) for path in gathered]
+        save_amounts(out / "uncertainty.png", amounts, f"uncertainty, {title}")
+        written = [*written, out / "uncertainty.png"]
     _say([*written, picture])
+
+
+def amount_of(path: Path) -> Amount:
+    """What `Moments` wrote, as one number a pixel: the bands' mean spread, or the entropy."""
+    header = raster.read_header(path)
+    values, _ = thumbnail(path, _PANEL_PX)
+    name = header.tags["MM_UNCERTAINTY_OF"]
+    if MODALITIES[name].is_categorical:
+        return Amount(values[-1], f"{name}: entropy of the classes", header.units[-1])
+    half = len(values) // 2
+    of_bands = ", mean of the bands" if half > 1 else ""
+    return Amount(values[half:].mean(axis=0), f"{name}: spread{of_bands}", header.units[-1])
 
 
 def embed(

@@ -167,7 +167,7 @@ class Generator:
                 f"{what}: height x width in pixels",
                 got=f"{grid.height} x {grid.width}",
                 allowed=f"at most {self.max_side_px} a side",
-                remedy="send it in tiles",
+                remedy="send it in tiles, or take mm generate, which takes any size",
             )
 
     def check_form(
