@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 64  # noise is drawn in squares of this side
@@ -46,20 +47,44 @@ def canvas_noise(
     return torch.cat(rows, 1)[:, top : top + height, left : left + width]
 
 
+def scene_noise(
+    seed: int | None,
+    channels: int,
+    height: int,
+    width: int,
+    origin: tuple[int, int],
+    side: int,
+) -> Tensor:
+    """Standard normal noise of the scene, [channels, height, width]; 0 for a seed of None.
+
+    As `canvas_noise`, but the mean over `side` x `side` cells, the window of the scene flow, is one
+    for the seed, wherever it lies. What is left open of a window as a whole (season, sun, snow)
+    follows from that mean; so all windows of a scene agree on it, and none sees other noise than
+    in training (docs/experiments.md).
+    """
+    if seed is None:
+        return torch.zeros(channels, height, width)
+    (top, left), before = origin, side // 2
+    around = (height + side - 1, width + side - 1)
+    noise = canvas_noise(seed, "scene", channels, *around, (top - before, left - before))
+    mean = F.avg_pool2d(noise[None], side, 1)[0]
+    shared = torch.randn(channels, 1, 1, generator=generator(seed, "scene", "mean")) / side
+    inner = noise[:, before : before + height, before : before + width]
+    return inner - mean + shared
+
+
 def batch_noise(
-    seeds: Sequence[int | None],
+    seeds: Sequence[int],
     purpose: str,
     channels: int,
     height: int,
     width: int,
     origins: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """`canvas_noise` [B, channels, height, width] for each seed and origin; 0 for a None."""
+    """`canvas_noise` for each seed and origin, [B, channels, height, width]."""
     return torch.stack(
         [
-            torch.zeros(channels, height, width)
-            if seed is None
-            else canvas_noise(seed, purpose, channels, height, width, origin)
+            canvas_noise(seed, purpose, channels, height, width, origin)
             for seed, origin in zip(seeds, origins, strict=True)
         ]
     )

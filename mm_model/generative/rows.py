@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_model.conditions import FEATURES
-from mm_model.generative.noise import TILE, canvas_noise
+from mm_model.generative.noise import TILE, canvas_noise, scene_noise
 from mm_model.generative.path import advance
 from mm_model.generative.plan import Pass
 from mm_model.generative.sampler import (
@@ -92,7 +92,12 @@ class RowSampler:
         else:
             row, column = self.frame.start
             start, channels = (row // STRIDE, column // STRIDE), self.model.scene_channels
-            noise = _noise_strips(seed, [("scene", channels)], coarse, start)
+            side = self.model.patch_px // STRIDE
+
+            def drawn(rows: int, wide: int, where: tuple[int, int]) -> Tensor:
+                return scene_noise(seed, channels, rows, wide, where, side)
+
+            noise = _noise_strips(drawn, coarse, start)
             strips = self._flow(coarse, noise, encoded, flow, SCENE_STEPS * steps, SCENE_POWER)
         return torch.cat(list(strips), 1)
 
@@ -162,9 +167,12 @@ class RowSampler:
             strip[place] = torch.where(known, x[source, :rows], strip[place])
             return strip
 
-        noise = _noise_strips(
-            seed, [(n, len(_channels(model, [n]))) for n in names], windows, self.frame.start
-        )
+        def drawn(rows: int, across: int, where: tuple[int, int]) -> Tensor:
+            counts = [len(_channels(model, [n])) for n in names]
+            parts = zip(names, counts, strict=True)
+            return torch.cat([canvas_noise(seed, n, c, rows, across, where) for n, c in parts])
+
+        noise = _noise_strips(drawn, windows, self.frame.start)
         contexts = (context_of(row) for row in windows.rows)
         strips = self._flow(
             windows, noise, contexts, estimate, steps, TARGET_POWER, fix if len(fixed) else None
@@ -296,20 +304,14 @@ def _cut(rows: Tensor, columns: Sequence[int], wide: int) -> Tensor:
 
 
 def _noise_strips(
-    seed: int, purposes: Sequence[tuple[str, int]], windows: Windows, start: tuple[int, int]
+    drawn: Callable[[int, int, tuple[int, int]], Tensor], windows: Windows, start: tuple[int, int]
 ) -> Iterator[Tensor]:
-    """`canvas_noise` of (purpose, channels) over a canvas, in strips."""
-    top, left = start
-    row = 0
+    """Noise (rows, columns, origin → [C, rows, columns]) over a canvas, in strips."""
+    (top, left), row = start, 0
     while row < windows.height:
         # To the next border of the squares that noise is drawn in: each is drawn once.
         rows = min(TILE - (top + row) % TILE, windows.height - row)
-        yield torch.cat(
-            [
-                canvas_noise(seed, purpose, channels, rows, windows.width, (top + row, left))
-                for purpose, channels in purposes
-            ]
-        )
+        yield drawn(rows, windows.width, (top + row, left))
         row += rows
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
-from mm_model.generative.noise import batch_noise
+from mm_model.generative.noise import batch_noise, scene_noise
 from mm_model.generative.path import advance
 from mm_model.generative.plan import Pass, plan
 from mm_model.generative.windows import STRIDE, Frame, distance
@@ -139,9 +139,13 @@ def sample_scene(
         times = pieces.new_full((len(pieces),), t)
         return coarse.blend(run(model.estimate_scene, pieces, times, h, seen, known)[0])
 
-    tokens = [(row // STRIDE, column // STRIDE) for row, column in starts]
-    channels = model.scene_channels
-    noise = batch_noise(seeds, "scene", channels, coarse.height, coarse.width, tokens)
+    shape, side = (model.scene_channels, coarse.height, coarse.width), model.patch_px // STRIDE
+    noise = torch.stack(
+        [
+            scene_noise(seed, *shape, (row // STRIDE, column // STRIDE), side)
+            for seed, (row, column) in zip(seeds, starts, strict=True)
+        ]
+    )
     return euler(estimate, noise.to(x), steps, check, SCENE_POWER)
 
 
