@@ -180,7 +180,8 @@ def run(side: int, steps: int, given: str | None, folder: Path, threads: int) ->
     wanted = [_of(others, Quantity.REFLECTANCE), _of(others, Quantity.LAND_COVER)]
     generator = Generator(bundle, max_side_px=MAX_SIDE_PX)
     request = SceneRequest({source.name: path}, tuple(m.name for m in wanted), steps=steps)
-    began = time.perf_counter()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    began, before = time.perf_counter(), used.ru_utime + used.ru_stime
     said = began
 
     def tell(done: int, total: int) -> None:
@@ -193,9 +194,11 @@ def run(side: int, steps: int, given: str | None, folder: Path, threads: int) ->
 
     model = ModelIdentity(name="pretrained", version=bundle.manifest.bundle_id[:12])
     write_scene(generator, request, model, folder / "out", tell)
+    used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {
         f"{key}_s": time.perf_counter() - began,
-        f"{key}_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        f"{key}_cpu_s": used.ru_utime + used.ru_stime - before,
+        f"{key}_peak_rss_mb": used.ru_maxrss / 1024,
     }
     grid = raster.read_header(path).grid
     frame = Frame(grid.height, grid.width, bundle.manifest.patch_px, grid.position)

@@ -153,8 +153,8 @@ class CogWriter:
         self._flush(self._held.shape[1])
         if self._rows != self._grid.height:
             raise RasterError(f"{self.path}: rows", got=self._rows, allowed=self._grid.height)
-        self._dataset.close()
-        try:
+        with self._written():
+            self._dataset.close()
             rasterio.shutil.copy(
                 self._raw,
                 self._cog,
@@ -165,15 +165,24 @@ class CogWriter:
                 overview_resampling="mode" if self._categorical else "average",
                 bigtiff="if_safer",
             )
-        except RasterioError as error:
-            raise RasterError(
-                f"{self.path} cannot be written", got=str(error)[:200], remedy="is the disk full?"
-            ) from error
         self._cog.replace(self.path)
         return self.path
 
     def _flush(self, rows: int) -> None:
         if rows:
             window = Window(0, self._rows, self._grid.width, rows)
-            self._dataset.write(self._held[:, :rows], window=window)
+            with self._written():
+                self._dataset.write(self._held[:, :rows], window=window)
             self._held, self._rows = self._held[:, rows:], self._rows + rows
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """What goes wrong while it is written is a RasterError."""
+        try:
+            yield
+        except RasterioError as error:
+            raise RasterError(
+                f"{self.path} cannot be written",
+                got=" ".join(str(error.__cause__ or error).split())[:200],
+                remedy="look whether the disk is full",
+            ) from error
