@@ -239,6 +239,18 @@ class Modality:
         """What files hold where nothing is known (in memory it is a mask)."""
         return 0 if self.is_categorical else float("nan")
 
+    @property
+    def color_table(self) -> dict[int, tuple[int, int, int, int]]:
+        """Red, green, blue and opacity by code; empty where values are numbers."""
+        shades = {c.code: bytes.fromhex(c.color[1:]) for c in self.classes}
+        return {code: (shade[0], shade[1], shade[2], 255) for code, shade in shades.items()}
+
+    @property
+    def file_tags(self) -> dict[str, str]:
+        """Tags that tell what a file holds."""
+        classes = {"CLASSES": ",".join(f"{c.code} {c.name}" for c in self.classes)}
+        return {"MODALITY": self.name, **(classes if self.classes else {})}
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy, from which `from_dict` rebuilds an equal modality."""
         return asdict(self)

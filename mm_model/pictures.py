@@ -34,6 +34,21 @@ _INK = "#222222"
 
 
 @dataclass(frozen=True)
+class Amount:
+    """A number for each pixel that is no layer of its own, such as a spread.
+
+    Attributes:
+        values: [H, W], 0 and more; NaN where nothing is known.
+        title: what stands above it.
+        unit: of the values, "1" for none.
+    """
+
+    values: NDArray[Any]
+    title: str
+    unit: str
+
+
+@dataclass(frozen=True)
 class Panel:
     """One picture of a sheet.
 
@@ -122,6 +137,30 @@ def save_sheet(path: Path, rows: Sequence[Sequence[Panel | None]], title: str) -
     if not any(panel is not None for row in rows for panel in row):
         raise LayerError("picture sheet", got="no panel", allowed="one or more")
     _Sheet(rows, title).save(path)
+
+
+def save_amounts(path: Path, amounts: Sequence[Amount], title: str) -> None:
+    """Write amounts side by side as a PNG, each from 0 to its 99th percentile, with its scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(amounts), 3.4), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    for amount, axes in zip(
+        amounts, figure.subplots(1, len(amounts), squeeze=False)[0], strict=True
+    ):
+        known = amount.values[np.isfinite(amount.values)]
+        most = float(np.percentile(known, 99)) if known.size else 0.0
+        image = axes.imshow(amount.values, cmap="viridis", vmin=0, vmax=most or 1.0)
+        axes.set_title(amount.title, fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_facecolor("#bbbbbb")
+        bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label("" if amount.unit == "1" else amount.unit, fontsize=7)
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _class_colors(

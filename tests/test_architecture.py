@@ -25,7 +25,11 @@ VENDORS = {
     "prefect": ("flows/",),
     "supervisor": ("mm_model/adapters/",),
     "dvc": ("mm_model/adapters/",),
-    "rasterio": ("mm_model/data/raster.py", "mm_model/data/remote.py"),
+    "rasterio": (
+        "mm_model/data/raster.py",
+        "mm_model/data/remote.py",
+        "mm_model/data/strips.py",
+    ),
     "pystac_client": ("mm_model/data/sources/stac/search.py",),
     "pystac": ("mm_model/data/sources/stac/search.py",),
     # What pystac_client and MLflow raise.

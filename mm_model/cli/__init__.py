@@ -266,6 +266,10 @@ EndpointOption = Annotated[
     str | None,
     typer.Option("--endpoint", help="Ask this endpoint (http://host:port) instead of a bundle."),
 ]
+UncertaintyOption = Annotated[
+    bool,
+    typer.Option("--uncertainty", help="Mean and spread, class probabilities and entropy, too."),
+]
 DateOption = Annotated[
     str | None, typer.Option("--date", help="YYYY-MM-DD: season and, with a latitude, sun.")
 ]
@@ -300,6 +304,7 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 4,
     width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
+    uncertainty: UncertaintyOption = False,
     out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
     bundle: BundleOption = None,
     endpoint: EndpointOption = None,
@@ -309,7 +314,7 @@ def generate(
     latitude: LatitudeOption = None,
     gsd: GsdOption = None,
 ) -> None:
-    """GeoTIFFs of any modality from GeoTIFFs of any others."""
+    """GeoTIFFs of any modality from GeoTIFFs of any others, of any size."""
     from mm_model.cli.images import conditions_of
     from mm_model.cli.images import generate as run
 
@@ -321,9 +326,45 @@ def generate(
         steps=steps,
         size=(height, width),
         conditions=conditions_of(date, sun_elevation, sun_azimuth, latitude, gsd),
+        uncertainty=uncertainty,
         out=out,
         bundle=bundle,
         endpoint=endpoint,
+    )
+
+
+@app.command(rich_help_panel=IMAGES)
+def fill(
+    layer: Annotated[str, typer.Argument(help="MODALITY=FILE with holes (nodata, mask or NaN).")],
+    observe: Annotated[
+        list[str] | None, typer.Option(help="MODALITY=FILE that guides it, repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of what is missing.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 4,
+    uncertainty: UncertaintyOption = False,
+    out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
+    bundle: BundleOption = None,
+    date: DateOption = None,
+    sun_elevation: SunElevationOption = None,
+    sun_azimuth: SunAzimuthOption = None,
+    latitude: LatitudeOption = None,
+    gsd: GsdOption = None,
+) -> None:
+    """A layer without its holes: observed pixels untouched, a last band says what was generated."""
+    from mm_model.cli.images import conditions_of
+    from mm_model.cli.images import fill as run
+
+    run(
+        layer=layer,
+        observe=observe or [],
+        samples=samples,
+        seed=seed,
+        steps=steps,
+        conditions=conditions_of(date, sun_elevation, sun_azimuth, latitude, gsd),
+        uncertainty=uncertainty,
+        out=out,
+        bundle=bundle,
     )
 
 

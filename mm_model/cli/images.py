@@ -1,28 +1,37 @@
-"""`mm generate`, `mm embed` and `mm show`."""
+"""`mm generate`, `mm fill`, `mm embed` and `mm show`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mm_model.api import Provenance, SceneOrigin
+from mm_model.api import ModelIdentity, SceneOrigin
 from mm_model.bundle import Bundle, load_bundle
 from mm_model.conditions import Conditions, parse_conditions
 from mm_model.data import raster
 from mm_model.data.store import PatchStore
+from mm_model.data.strips import thumbnail
 from mm_model.errors import ConfigError, DataError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
-from mm_model.pictures import Panel, save_sheet
+from mm_model.pictures import Amount, Panel, save_amounts, save_sheet
 from mm_model.pretrained import NAME, PRETRAINED
 
 if TYPE_CHECKING:
     from mm_model.serving.generator import Generator, ObservedLayer
     from mm_model.serving.requests import Aligned
+    from mm_model.serving.scenes import SceneRequest
 
+_PANEL_PX = 1024  # longest side of a panel
+_MAX_SAMPLES = 1024  # they are drawn one after another
+_LINE_S = 60  # between lines of progress
 _SHOWN_SCENES = 3  # sets that `mm show BUNDLE` generates from nothing
 
 
@@ -35,6 +44,7 @@ def generate(
     steps: int,
     size: tuple[int | None, int | None],
     conditions: Conditions,
+    uncertainty: bool,
     out: Path,
     bundle: Path | None,
     endpoint: str | None,
@@ -49,6 +59,8 @@ def generate(
     if endpoint:
         from mm_model.client import Client
 
+        if uncertainty:
+            raise ConfigError("--uncertainty", remedy="ask a bundle for it, not an endpoint")
         with Client(endpoint) as client:
             answer = client.generate(
                 files, targets=targets, samples=samples, seed=seed, steps=steps,
@@ -56,17 +68,73 @@ def generate(
             )  # fmt: skip
             written = answer.save(out)
     else:
+        from mm_model.serving.scenes import SceneRequest
+
         folder = bundle or _bundle_at_hand()
-        written = _through_bundle(
-            folder, files, targets, samples, seed, steps, size, conditions, out
-        )
+        request = SceneRequest(
+            files, tuple(targets), samples, seed, steps, conditions=conditions,
+            uncertainty=uncertainty,
+        )  # fmt: skip
+        written = _through_bundle(folder, request, out, size)
+    _draw(files, written, f"from {', '.join(files) or 'nothing'}, seed {seed}", out)
+
+
+def fill(
+    *,
+    layer: str,
+    observe: Sequence[str],
+    samples: int,
+    seed: int,
+    steps: int,
+    conditions: Conditions,
+    uncertainty: bool,
+    out: Path,
+    bundle: Path | None,
+) -> None:
+    """Complete a layer, "modality=file", guided by what is observed of it and of others."""
+    from mm_model.serving.scenes import SceneRequest
+
+    name, _ = _observation(layer, "the layer to fill:")
+    files = _observations([layer, *observe], bundle, None)
+    request = SceneRequest(
+        files,
+        samples=samples,
+        seed=seed,
+        steps=steps,
+        conditions=conditions,
+        fill=name,
+        uncertainty=uncertainty,
+    )
+    written = _through_bundle(bundle or _bundle_at_hand(), request, out)
+    _draw(files, written, f"{name} filled, seed {seed}", out)
+
+
+def _draw(files: Mapping[str, Path], written: Sequence[Path], title: str, out: Path) -> None:
+    """A picture of what was given and what came of it, and the paths of all."""
     picture = out / "picture.png"
     # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
     seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
     rows = [seen] if seen else []
-    rows.append([panel_of(path, path.stem) for path in written])
-    save_sheet(picture, rows, f"from {', '.join(files) or 'nothing'}, seed {seed}")
+    gathered = [path for path in written if path.stem.endswith("_uncertainty")]
+    rows.append([panel_of(path, path.stem) for path in written if path not in gathered])
+    save_sheet(picture, rows, title)
+    if gathered:
+        amounts = [amount_of(path) for path in gathered]
+        save_amounts(out / "uncertainty.png", amounts, f"uncertainty, {title}")
+        written = [*written, out / "uncertainty.png"]
     _say([*written, picture])
+
+
+def amount_of(path: Path) -> Amount:
+    """What `Moments` wrote, as one number a pixel: the bands' mean spread, or the entropy."""
+    header = raster.read_header(path)
+    values, _ = thumbnail(path, _PANEL_PX)
+    name = header.tags["MM_UNCERTAINTY_OF"]
+    if MODALITIES[name].is_categorical:
+        return Amount(values[-1], f"{name}: entropy of the classes", header.units[-1])
+    half = len(values) // 2
+    of_bands = ", mean of the bands" if half > 1 else ""
+    return Amount(values[half:].mean(axis=0), f"{name}: spread{of_bands}", header.units[-1])
 
 
 def embed(
@@ -136,52 +204,57 @@ def _observations(
     return files
 
 
-def _observation(text: str) -> tuple[str, Path]:
+def _observation(text: str, option: str = "--observe") -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     if not equals or not Path(file).is_file():
         raise ConfigError(
-            f"--observe {text}", allowed="MODALITY=FILE, an existing GeoTIFF, as sar=scene.tif"
+            f"{option} {text}", allowed="MODALITY=FILE, an existing GeoTIFF, as sar=scene.tif"
         )
     return name, Path(file)
 
 
 def _through_bundle(
     folder: Path,
-    files: dict[str, Path],
-    targets: Sequence[str],
-    samples: int,
-    seed: int,
-    steps: int,
-    size: tuple[int | None, int | None],
-    conditions: Conditions,
+    request: SceneRequest,
     out: Path,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> list[Path]:
-    from mm_model.serving.answers import write_answer
-    from mm_model.serving.generator import Generator, Request
+    from mm_model.serving.generator import Generator
+    from mm_model.serving.scenes import MAX_SIDE_PX, write_scene
 
     loaded = load_bundle(folder)
-    generator = Generator(loaded)
     side = loaded.manifest.patch_px
-    height, width = size[0] or side, size[1] or side
-    request = Request(
-        observed=_layers(files, generator),
-        targets=tuple(targets),
-        samples=samples,
-        seed=seed,
-        steps=steps,
-        grid=None if files else Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), height, width),
-        conditions=conditions,
+    generator = Generator(loaded, max_side_px=MAX_SIDE_PX, max_samples=_MAX_SAMPLES)
+    if not request.observed:
+        grid = Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), size[0] or side, size[1] or side)
+        request = replace(request, grid=grid)
+    model = ModelIdentity(
+        name=NAME if folder == PRETRAINED else str(folder),
+        version=loaded.manifest.bundle_id[:12],
+        run_id=str(loaded.manifest.provenance.get("mlflow_run_id") or ""),
     )
-    prepared = generator.prepare(request)
-    (result,) = generator.sample([prepared])
-    provenance = Provenance(
-        **_origin(folder, loaded, prepared),
-        targets=tuple(result.values),
-        samples=samples,
-        seed=seed,
-        steps=steps,
-    )
-    return write_answer(result, generator.modalities, provenance, out)
+    with _windows_done() as progress:
+        return write_scene(generator, request, model, out, progress)
+
+
+@contextmanager
+def _windows_done() -> Iterator[Callable[[int, int], None]]:
+    """On standard error, windows that are computed: a bar, or a line a minute where none can be."""
+    console = Console(stderr=True, soft_wrap=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
+    disable = not console.is_terminal
+    said = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total)
+            if disable and time.monotonic() - said > _LINE_S:
+                said = time.monotonic()
+                console.print(f"{done} of {total} windows")
+
+        yield tell
 
 
 def _embed_through_bundle(
@@ -232,8 +305,9 @@ def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
             got=", ".join(header.band_names),
             allowed="bands or a file name of one of " + ", ".join(MODALITIES),
         )
-    found = raster.read_raster(path)
-    return Panel(found.values, found.valid, fits[0], title)
+    values, valid = thumbnail(path, _PANEL_PX)
+    # A filled layer has one band more.
+    return Panel(values[: len(fits[0].bands)], valid, fits[0], title)
 
 
 def show(what: str, out: Path, pipeline: Path) -> None:

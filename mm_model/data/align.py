@@ -104,17 +104,22 @@ def resample(
     source: Grid,
     target: Grid,
     modality: Modality,
+    *,
+    exact: bool = False,
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """A layer in physical units, brought onto another grid as its kind and quantity ask for.
 
-    Backscatter is averaged as power: the mean of decibels is not the decibels of the mean.
+    Backscatter is averaged as power: the mean of decibels is not the decibels of the mean. `exact`
+    is `raster.warp`'s.
     """
     if source == target:
         return values, valid
     in_power = modality.quantity is Quantity.BACKSCATTER
     if in_power:
         values = np.power(10.0, np.where(valid, values, 0) / 10)
-    moved, known = warp(values, valid, source, target, categorical=modality.is_categorical)
+    moved, known = warp(
+        values, valid, source, target, categorical=modality.is_categorical, exact=exact
+    )
     if in_power:
         moved = (10 * np.log10(np.where(known, moved, 1))).astype(np.float32)
     return moved, known

@@ -1,4 +1,4 @@
-"""GeoTIFF files, and the warping of images between grids; only remote.py knows rasterio besides.
+"""GeoTIFF files, and the warping of images between grids. remote and strips know rasterio, too.
 
 The driver is always GTiff. Left to choose, GDAL would take a VRT for a raster and read any file of
 this machine that it names.
@@ -26,6 +26,7 @@ from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 from rasterio.warp import transform as transform_points
+from rasterio.windows import Window
 
 from mm_model.data.files import write_atomically
 from mm_model.errors import GeoreferenceError, RasterError
@@ -70,7 +71,7 @@ class Raster:
     """Pixels of a GeoTIFF as they are on disk, and which of them mean something.
 
     Attributes:
-        values: [bands, H, W] of the bands that were asked for, in that order.
+        values: [bands, H, W] of the bands and window that were asked for, bands in that order.
         valid: bool [H, W]: known (no nodata, no mask, finite) in each of these bands.
         scales, offsets: of these bands, as the file declares them.
         header: what the file says of itself; it lists all its bands.
@@ -110,9 +111,14 @@ def read_header(file: Path | bytes, name: str | None = None) -> RasterHeader:
 
 
 def read_raster(
-    file: Path | bytes, name: str | None = None, *, bands: Sequence[int | str] | None = None
+    file: Path | bytes,
+    name: str | None = None,
+    *,
+    bands: Sequence[int | str] | None = None,
+    window: tuple[int, int, int, int] | None = None,
 ) -> Raster:
-    """Decode a GeoTIFF, or some of its bands (numbers from 1, or band descriptions).
+    """Decode a GeoTIFF, or some of its bands (numbers from 1, or band descriptions), or a window
+    (first row, first column, height, width) of it.
 
     Raises:
         RasterError: the file is missing, empty, truncated, no GeoTIFF, has pixels that are no real
@@ -126,8 +132,9 @@ def read_raster(
                 f"{label}: pixel type", got=header.dtype, allowed="integers or floats"
             )
         numbers = band_numbers(header, bands, label)
-        values = dataset.read(numbers)
-        valid = (dataset.read_masks(numbers) != 0).all(axis=0)
+        part = window and Window(window[1], window[0], window[3], window[2])
+        values = dataset.read(numbers, window=part)
+        valid = (dataset.read_masks(numbers, window=part) != 0).all(axis=0)
     if values.dtype.kind == "f":
         valid &= np.isfinite(values).all(axis=0)
     scales = tuple(header.scales[n - 1] for n in numbers)
@@ -163,18 +170,14 @@ def write_geotiff(
             allowed=f"{(len(modality.bands), *grid.shape)} and {grid.shape}",
         )
     filled = np.where(valid, values, modality.nodata).astype(modality.dtype)
-    colors, legend = {}, {}
-    if modality.is_categorical:
-        colors = {c.code: (*bytes.fromhex(c.color[1:]), 255) for c in modality.classes}
-        legend["CLASSES"] = ",".join(f"{c.code} {c.name}" for c in modality.classes)
     content = encode_geotiff(
         filled,
         grid,
         modality.band_names,
         nodata=modality.nodata,
         unit=modality.unit,
-        colors=colors,
-        tags={"MODALITY": modality.name, **legend, **(tags or {})},
+        colors=modality.color_table,
+        tags={**modality.file_tags, **(tags or {})},
     )
     if path is None:
         return content
@@ -205,7 +208,7 @@ def encode_geotiff(
         "compress": "deflate",
         "predictor": 3 if values.dtype.kind == "f" else 1,
     }
-    with _quiet(), MemoryFile() as memory:
+    with quiet(), MemoryFile() as memory:
         with memory.open(**profile) as dataset:
             dataset.write(values)
             dataset.descriptions = tuple(band_names)
@@ -223,14 +226,15 @@ def warp(
     target_grid: Grid,
     *,
     categorical: bool,
+    exact: bool = False,
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
     """Bring an image onto another grid, resampled by what its values are.
 
     Classes keep their codes (nearest; the most frequent one where a target pixel spans several).
     Numbers are interpolated bilinearly, or averaged where a target pixel spans several. A target
     pixel is valid if its centre lies in a valid source pixel, or, where it spans several, if at
-    least half of what it spans is valid. Warp a scene once and slice the result: GDAL's
-    approximations make the warp of a window differ from the window of a warp.
+    least half of what it spans is valid. Warp a scene once and slice the result, or be `exact`:
+    GDAL's approximations make the warp of a window differ from the window of a warp.
 
     Args:
         values: [bands, H, W]; class codes from 1 to 255 if categorical.
@@ -238,6 +242,7 @@ def warp(
         source_grid: the grid of `values`.
         target_grid: the grid wanted.
         categorical: whether values are class codes.
+        exact: without approximations of up to an eighth of a source pixel, which take less time.
 
     Returns:
         Values [bands, h, w] (uint8 or float32; 0 or NaN where invalid) and valid bool [h, w].
@@ -247,18 +252,13 @@ def warp(
     if source_grid == target_grid:
         return filled, valid.copy()
     several = source_pixels_per_target(source_grid, target_grid) > _COARSENING
+    method = Resampling.average if several else Resampling.bilinear
     if categorical:
         method = Resampling.mode if several else Resampling.nearest
-    else:
-        method = Resampling.average if several else Resampling.bilinear
-    warped = _reproject(filled, source_grid, target_grid, method, nodata)
-    share = _reproject(
-        valid[None].astype("float32"),
-        source_grid,
-        target_grid,
-        Resampling.average if several else Resampling.nearest,
-        np.nan,
-    )[0]
+    warped = _reproject(filled, source_grid, target_grid, method, nodata, exact)
+    method = Resampling.average if several else Resampling.nearest
+    counted = valid[None].astype("float32")
+    share = _reproject(counted, source_grid, target_grid, method, np.nan, exact)[0]
     known = (warped != 0).all(axis=0) if categorical else np.isfinite(warped).all(axis=0)
     new_valid = known & (np.nan_to_num(share) >= 0.5)
     return np.where(new_valid, warped, np.asarray(nodata, dtype)), new_valid
@@ -301,7 +301,7 @@ def metric_grid(grid: Grid, crs: str, gsd_m: float) -> Grid:
             remedy=f"use the UTM zone {utm_zone(grid)}",
         )
     transform, width, height = calculate_default_transform(
-        _crs(grid.crs), target, grid.width, grid.height, *_outer(grid), resolution=gsd_m
+        _crs(grid.crs), target, grid.width, grid.height, *grid.bounds, resolution=gsd_m
     )
     left = np.floor(transform.c / gsd_m + 1e-6) * gsd_m
     top = np.ceil(transform.f / gsd_m - 1e-6) * gsd_m
@@ -362,7 +362,12 @@ def source_pixels_per_target(source: Grid, target: Grid) -> float:
 
 
 def _reproject(
-    values: NDArray[Any], source: Grid, target: Grid, method: Resampling, nodata: float
+    values: NDArray[Any],
+    source: Grid,
+    target: Grid,
+    method: Resampling,
+    nodata: float,
+    exact: bool,
 ) -> NDArray[Any]:
     out = np.full((values.shape[0], *target.shape), nodata, dtype=values.dtype)
     same = same_crs(source.crs, target.crs)
@@ -379,6 +384,7 @@ def _reproject(
         dst_nodata=nodata,
         resampling=method,
         init_dest_nodata=True,
+        tolerance=0 if exact else 0.125,
     )
     return out
 
@@ -386,7 +392,7 @@ def _reproject(
 def transform_xy(
     source: str, target: str, xs: Sequence[float], ys: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Coordinates in another reference system; raises GeoreferenceError where it has none."""
+    """Points of one reference system in another; raises GeoreferenceError where it has none."""
     if same_crs(source, target):
         return list(xs), list(ys)
     try:
@@ -402,12 +408,6 @@ def transform_xy(
     return found[0], found[1]
 
 
-def _outer(grid: Grid) -> tuple[float, float, float, float]:
-    """Left, bottom, right, top."""
-    left, bottom, right, top = grid.bounds
-    return left, bottom, right, top
-
-
 def _crs(text: str) -> CRS:
     try:
         return CRS.from_user_input(text)
@@ -418,7 +418,7 @@ def _crs(text: str) -> CRS:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """An image that lies nowhere is no fault here: `Grid.crs` says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -442,7 +442,7 @@ def _open(file: Path | bytes, name: str | None) -> Iterator[Any]:
         # rasterio would open an empty memory file for writing.
         raise RasterError(f"{label} is empty", remedy="send a GeoTIFF")
     try:
-        with _quiet():
+        with quiet():
             if isinstance(file, Path):
                 with rasterio.open(file, driver="GTiff") as dataset:
                     yield dataset

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 64  # noise is drawn in squares of this side
@@ -22,31 +23,68 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def canvas_noise(seed: int, purpose: str, channels: int, height: int, width: int) -> Tensor:
+def canvas_noise(
+    seed: int,
+    purpose: str,
+    channels: int,
+    height: int,
+    width: int,
+    origin: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Standard normal noise [channels, height, width], float32 on the CPU.
 
-    Each value is a function of (seed, purpose, channel, row, column) alone: a larger canvas has the
-    same values where the smaller one has any.
+    Each value is a function of (seed, purpose, channel, row, column) alone, rows and columns
+    counted from wherever `origin`, the first one's, is: canvases that overlap agree there.
     """
-    rows = []
-    for row in range(-(-height // TILE)):
+    (top, left), rows = origin, []
+    for row in range(top // TILE, -(-(top + height) // TILE)):
         tiles = [
             torch.randn(channels, TILE, TILE, generator=generator(seed, purpose, row, column))
-            for column in range(-(-width // TILE))
+            for column in range(left // TILE, -(-(left + width) // TILE))
         ]
         rows.append(torch.cat(tiles, 2))
-    return torch.cat(rows, 1)[:, :height, :width]
+    top, left = top % TILE, left % TILE
+    return torch.cat(rows, 1)[:, top : top + height, left : left + width]
+
+
+def scene_noise(
+    seed: int | None,
+    channels: int,
+    height: int,
+    width: int,
+    origin: tuple[int, int],
+    side: int,
+) -> Tensor:
+    """Standard normal noise of the scene, [channels, height, width]; 0 for a seed of None.
+
+    As `canvas_noise`, but the mean over `side` x `side` cells, the window of the scene flow, is one
+    for the seed, wherever it lies. What is left open of a window as a whole (season, sun, snow)
+    follows from that mean; so all windows of a scene agree on it, and none sees other noise than
+    in training (docs/experiments.md).
+    """
+    if seed is None:
+        return torch.zeros(channels, height, width)
+    (top, left), before = origin, side // 2
+    around = (height + side - 1, width + side - 1)
+    noise = canvas_noise(seed, "scene", channels, *around, (top - before, left - before))
+    mean = F.avg_pool2d(noise[None], side, 1)[0]
+    shared = torch.randn(channels, 1, 1, generator=generator(seed, "scene", "mean")) / side
+    inner = noise[:, before : before + height, before : before + width]
+    return inner - mean + shared
 
 
 def batch_noise(
-    seeds: Sequence[int | None], purpose: str, channels: int, height: int, width: int
+    seeds: Sequence[int],
+    purpose: str,
+    channels: int,
+    height: int,
+    width: int,
+    origins: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """`canvas_noise` for each seed, [B, channels, height, width]; 0 for a seed of None."""
+    """`canvas_noise` for each seed and origin, [B, channels, height, width]."""
     return torch.stack(
         [
-            torch.zeros(channels, height, width)
-            if seed is None
-            else canvas_noise(seed, purpose, channels, height, width)
-            for seed in seeds
+            canvas_noise(seed, purpose, channels, height, width, origin)
+            for seed, origin in zip(seeds, origins, strict=True)
         ]
     )

@@ -12,16 +12,15 @@ from itertools import pairwise
 from typing import Protocol, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
-from mm_model.generative.noise import batch_noise
+from mm_model.generative.noise import batch_noise, scene_noise
 from mm_model.generative.path import advance
 from mm_model.generative.plan import Pass, plan
-from mm_model.generative.windows import STRIDE, Windows
+from mm_model.generative.windows import STRIDE, Frame, distance
 
 Check = Callable[[], None]
 
@@ -31,7 +30,11 @@ SCENE_STEPS = 2  # for each of the decoder's
 SCENE_POWER, TARGET_POWER = 1.4, 0.7  # of the times, see `euler`
 
 
+Origins = Sequence[tuple[int, int]] | None
+
+
 class _How(TypedDict):
+    origins: Origins
     conditions: Tensor | None
     check: Check | None
     precision: str | None
@@ -100,6 +103,7 @@ def sample_scene(
     seeds: Sequence[int | None],
     steps: int = 4,
     *,
+    origins: Origins = None,
     conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
@@ -113,16 +117,19 @@ def sample_scene(
         seeds: one a sample; equal seeds and observations give equal scenes. None starts from 0
             instead of noise, which only one step allows: see `mean_scene`.
         steps: of the flow; 1 gives the mean scene.
+        origins: row and column of each sample's first pixel, from a point that images of one
+            ground share: noise and windows go by them. None: 0 and 0.
         conditions: [B, K], features of `mm_model.conditions`; None: nothing is known.
         check: called between steps; may raise to cancel.
         precision: "fp32" or "bf16"; None is `native_precision` of the device.
     """
     _check_request(x, mask, seeds, steps)
-    x, mask = _pad(x), _pad(mask)
-    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
+    frame, starts = _frame(model, x, origins)
+    x, mask = frame.pad(x), frame.pad(mask)
+    windows = frame.windows
     coarse = windows.scaled()
     parts = windows.cut(x), windows.cut(mask)
-    run = _Chunks(x.device, precision)
+    run = Chunks(x.device, precision)
     h, _ = run(model.encode, *parts)
     seen = parts[1].float().mean((2, 3))
     known = _known(conditions, x).repeat_interleave(len(windows.corners), 0)
@@ -132,7 +139,13 @@ def sample_scene(
         times = pieces.new_full((len(pieces),), t)
         return coarse.blend(run(model.estimate_scene, pieces, times, h, seen, known)[0])
 
-    noise = batch_noise(seeds, "scene", model.scene_channels, coarse.height, coarse.width)
+    shape, side = (model.scene_channels, coarse.height, coarse.width), model.patch_px // STRIDE
+    noise = torch.stack(
+        [
+            scene_noise(seed, *shape, (row // STRIDE, column // STRIDE), side)
+            for seed, (row, column) in zip(seeds, starts, strict=True)
+        ]
+    )
     return euler(estimate, noise.to(x), steps, check, SCENE_POWER)
 
 
@@ -146,6 +159,7 @@ def decode_scene(
     seeds: Sequence[int],
     steps: int = 4,
     *,
+    origins: Origins = None,
     conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
@@ -160,6 +174,8 @@ def decode_scene(
         targets: names wanted of every sample, or a sequence of names for each.
         seeds: one a sample.
         steps: of the flow from noise to the targets.
+        origins: row and column of each sample's first pixel, from a point that images of one
+            ground share: noise and windows go by them. None: 0 and 0.
         conditions: [B, K], features of `mm_model.conditions`; None: nothing is known.
         check: called between steps; may raise to cancel.
         precision: "fp32" or "bf16"; None is `native_precision` of the device.
@@ -169,15 +185,18 @@ def decode_scene(
         RequestError: a target that is observed, or arguments that do not fit together.
     """
     _check_request(x, mask, seeds, steps)
-    height, width = x.shape[2:]
     passes = _plans(model, mask, targets)
-    x, mask = _pad(x), _pad(mask)
-    inside = _pad(torch.ones(1, 1, height, width, dtype=torch.bool, device=x.device))
-    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
+    frame, starts = _frame(model, x, origins)
+    x, mask = frame.pad(x), frame.pad(mask)
+    inside = frame.pad(torch.ones_like(mask[:1, :1, : frame.height, : frame.width]))
+    windows = frame.windows
     scene = windows.scaled().cut(z)
-    run = _Chunks(x.device, precision)
+    run = Chunks(x.device, precision)
     noise = torch.cat(
-        [batch_noise(seeds, m.name, m.channels, *x.shape[2:]) for m in model.codec.modalities],
+        [
+            batch_noise(seeds, m.name, m.channels, windows.height, windows.width, starts)
+            for m in model.codec.modalities
+        ],
         1,
     ).to(x)
     result = torch.zeros_like(x)
@@ -209,7 +228,7 @@ def decode_scene(
 
         made_x = euler(estimate, noise[rows], steps, check, TARGET_POWER)
         result[rows] = torch.where(makes, made_x, result[rows])
-    return result[:, :, :height, :width]
+    return frame.crop(result)
 
 
 def sample(
@@ -220,6 +239,7 @@ def sample(
     seeds: Sequence[int],
     steps: int = 4,
     *,
+    origins: Origins = None,
     conditions: Tensor | None = None,
     check: Check | None = None,
     precision: str | None = None,
@@ -233,9 +253,14 @@ def sample(
     of many scenes is no scene, so the flow has no part in it.
     """
     _plans(model, mask, targets)  # refuse before the work
-    how: _How = {"conditions": conditions, "check": check, "precision": precision}
+    how: _How = {
+        "origins": origins,
+        "conditions": conditions,
+        "check": check,
+        "precision": precision,
+    }
     if steps == 1:
-        z = observed_scene(model, x, mask, precision=precision)
+        z = observed_scene(model, x, mask, origins=origins, precision=precision)
     else:
         z = sample_scene(model, x, mask, seeds, SCENE_STEPS * steps, **how)
     return decode_scene(model, x, mask, z, targets, seeds, steps, **how)
@@ -243,12 +268,18 @@ def sample(
 
 @torch.no_grad()
 def observed_scene(
-    model: Generative, x: Tensor, mask: Tensor, *, precision: str | None = None
+    model: Generative,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    origins: Origins = None,
+    precision: str | None = None,
 ) -> Tensor:
     """The encoder's scene of what is observed alone, [B, S, ⌈H/8⌉, ⌈W/8⌉]."""
-    x, mask = _pad(x), _pad(mask)
-    windows = Windows.cover(x.shape[2], x.shape[3], model.patch_px)
-    run = _Chunks(x.device, precision)
+    frame, _ = _frame(model, x, origins)
+    x, mask = frame.pad(x), frame.pad(mask)
+    windows = frame.windows
+    run = Chunks(x.device, precision)
     _, z = run(model.encode, windows.cut(x), windows.cut(mask))
     return windows.scaled().blend(z)
 
@@ -287,7 +318,7 @@ def _estimator(model: Generative) -> Callable[..., Tensor]:
     return lambda *inputs: model.estimate(model.decode(*inputs))
 
 
-class _Chunks:
+class Chunks:
     """Runs a function over a batch, in chunks that fit.
 
     In fp32 on CPU a chunk is one window: matrix products round differently for different numbers of
@@ -376,7 +407,20 @@ def _flags(model: Generative, sets: Sequence[frozenset[str]], device: torch.devi
     return torch.tensor(rows, device=device)[:, :, None, None]
 
 
-def _pad(image: Tensor) -> Tensor:
-    """Padded at the bottom and right, with 0 or False, to multiples of the token's side."""
-    height, width = image.shape[2:]
-    return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
+def _frame(
+    model: Generative, x: Tensor, origins: Origins
+) -> tuple[Frame, Sequence[tuple[int, int]]]:
+    """The frame that all samples share, and where the canvas of each begins."""
+    origins = [(0, 0)] * len(x) if origins is None else list(origins)
+    frame = Frame(x.shape[2], x.shape[3], model.patch_px, origins[0])
+    step = distance(model.patch_px)
+    phases = {(row % step, column % step) for row, column in origins}
+    if len(origins) != len(x) or (len(frame.windows.corners) > 1 and len(phases) > 1):
+        raise RequestError(
+            "origins",
+            got=origins,
+            allowed=f"one a sample, {len(x)}; of images larger than {model.patch_px} px, all alike "
+            f"modulo {step}",
+        )
+    top, left = frame.corner
+    return frame, [(row - top, column - left) for row, column in origins]

@@ -54,6 +54,21 @@ class Grid:
         xs, ys = [c[0] for c in corners], [c[1] for c in corners]
         return min(xs), min(ys), max(xs), max(ys)
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Row and column of the first pixel, counted from the origin of the reference system.
+
+        Images of one system and pixel size that overlap count every pixel alike, whatever part of
+        the ground they show; for one that lies nowhere it is (0, 0).
+        """
+        if not self.crs:
+            return 0, 0
+        a, b, c, d, e, f = self.transform
+        determinant = a * e - b * d
+        row, col = (a * f - d * c) / determinant, (e * c - b * f) / determinant
+        # In one direction even where pixels lie half a pixel off and numbers are not exact.
+        return math.floor(row + 0.501), math.floor(col + 0.501)
+
     def xy(self, row: float, col: float) -> tuple[float, float]:
         """World coordinates of a (fractional) pixel corner."""
         a, b, c, d, e, f = self.transform

@@ -6,7 +6,7 @@ The grid of an answer is that of the finest observed layer; the others are warpe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from mm_model.conditions import Conditions, stack_features
 from mm_model.data.circumstances import complete
 from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
 from mm_model.generative.sampler import mean_scene, sample
-from mm_model.generative.windows import STRIDE
+from mm_model.generative.windows import STRIDE, distance
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.scene import Scene
@@ -82,7 +82,7 @@ class Generator:
     def __init__(
         self, bundle: Bundle, *, max_side_px: int = 1024, max_samples: int = 16, max_batch: int = 8
     ) -> None:
-        self._model = bundle.model
+        self.model = bundle.model
         self.manifest = bundle.manifest
         self.modalities: Mapping[str, Modality] = {m.name: m for m in bundle.manifest.modalities}
         self.max_side_px = max_side_px
@@ -167,7 +167,7 @@ class Generator:
                 f"{what}: height x width in pixels",
                 got=f"{grid.height} x {grid.width}",
                 allowed=f"at most {self.max_side_px} a side",
-                remedy="send it in tiles",
+                remedy="send it in tiles, or take mm generate, which takes any size",
             )
 
     def check_form(
@@ -283,6 +283,17 @@ class Generator:
             )
         return tuple(name for name in self.modalities if name in wanted)
 
+    def _batches(self, grids: Sequence[Grid]) -> Iterator[list[int]]:
+        """Indices of what is computed at once, of grids of one shape: windows must coincide."""
+        size, side = self._batch_size(grids[0]), self.manifest.patch_px
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, grid in enumerate(grids):
+            alone = max(grid.shape) <= side
+            alike[() if alone else tuple(p % distance(side) for p in grid.position)].append(index)
+        for indices in alike.values():
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size]
+
     def _batch_size(self, grid: Grid) -> int:
         """How many scenes of a shape are computed at once."""
         room = self.max_batch * self.manifest.patch_px**2 // (grid.height * grid.width)
@@ -295,15 +306,13 @@ class Generator:
             for request in group
             for seed in sample_seeds(request.seed, request.samples)
         ]
-        size = self._batch_size(group[0].grid)
-        drawn = [
-            layers
-            for start in range(0, len(items), size)
-            for layers in self._sample_batch(items[start : start + size], check)
-        ]
+        drawn: dict[int, dict[str, NDArray[np.generic]]] = {}
+        for batch in self._batches([request.grid for request, _ in items]):
+            layers = self._sample_batch([items[i] for i in batch], check)
+            drawn.update(zip(batch, layers, strict=True))
         results, start = [], 0
         for request in group:
-            draws = drawn[start : start + request.samples]
+            draws = [drawn[i] for i in range(start, start + request.samples)]
             start += request.samples
             values = {name: np.stack([draw[name] for draw in draws]) for name in request.targets}
             results.append(Result(request.grid, values, request.valid))
@@ -317,7 +326,17 @@ class Generator:
         requests, seeds = [item[0] for item in items], [item[1] for item in items]
         x, mask, known = self._encode(requests)
         targets, steps = [request.targets for request in requests], requests[0].steps
-        x = sample(self._model, x, mask, targets, seeds, steps, conditions=known, check=check)
+        x = sample(
+            self.model,
+            x,
+            mask,
+            targets,
+            seeds,
+            steps,
+            origins=[request.grid.position for request in requests],
+            conditions=known,
+            check=check,
+        )
         # One by one: where images do not fill the processor's vectors, those within a batch
         # straddle them, and round otherwise than alone (elevation of 27 x 45 pixels: by 1e-5 m).
         return [self._decode(x[i : i + 1], names) for i, names in enumerate(targets)]
@@ -325,7 +344,7 @@ class Generator:
     def _decode(self, x: Tensor, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
         return {
             name: value[0].cpu().numpy().astype(self.modalities[name].dtype, copy=False)
-            for name, value in self._model.codec.decode(x, names).items()
+            for name, value in self.model.codec.decode(x, names).items()
         }
 
     @torch.inference_mode()
@@ -337,7 +356,7 @@ class Generator:
                 check()
             batch = group[start : start + size]
             x, mask, known = self._encode(batch)
-            scenes = mean_scene(self._model, x, mask, conditions=known).float().cpu().numpy()
+            scenes = mean_scene(self.model, x, mask, conditions=known).float().cpu().numpy()
             found += [_embedding(r, z) for r, z in zip(batch, scenes, strict=True)]
         return found
 
@@ -350,7 +369,7 @@ class Generator:
 
     def _encode_one(self, request: Aligned) -> tuple[Tensor, Tensor]:
         if not request.observed:
-            return self._model.codec.empty(1, *request.grid.shape)
+            return self.model.codec.empty(1, *request.grid.shape)
         values = {
             n: torch.from_numpy(v.astype(np.float32)) for n, (v, _) in request.observed.items()
         }
@@ -358,7 +377,7 @@ class Generator:
         scene = Scene(
             {n: v[None] for n, v in values.items()}, {n: m[None, None] for n, m in valid.items()}
         )
-        return self._model.codec.encode(scene.to(self._device))
+        return self.model.codec.encode(scene.to(self._device))
 
 
 def _embedding(request: Aligned, scene: NDArray[np.float32]) -> Embedding:

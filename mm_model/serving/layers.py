@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mm_model.data import raster
+from mm_model.data.align import resample
 from mm_model.errors import GeoreferenceError, LayerError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality, Quantity
@@ -33,6 +34,27 @@ class ObservedLayer:
     grid: Grid
 
 
+def bands_of(header: raster.RasterHeader, modality: Modality) -> Sequence[str] | None:
+    """Names of a modality's bands in a file that names them all, in whatever order and beside
+    whatever else; None where they go by their order.
+    """
+    by_name = all(header.band_names.count(name) == 1 for name in modality.band_names)
+    return modality.band_names if by_name else None
+
+
+def in_units(
+    found: raster.Raster, modality: Modality
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """Values and mask of a file's pixels: its scale and offset applied, class 0 not valid."""
+    values, valid = found.values, found.valid
+    scales, offsets = np.array(found.scales), np.array(found.offsets)
+    if (scales != 1).any() or (offsets != 0).any():
+        values = values * scales[:, None, None] + offsets[:, None, None]
+    if modality.is_categorical:
+        valid = valid & (values != modality.nodata).all(axis=0)
+    return values, valid
+
+
 def check_layer(modality: Modality, layer: ObservedLayer) -> None:
     """Check bands, shape and, by range and median, the unit.
 
@@ -51,12 +73,20 @@ def check_layer(modality: Modality, layer: ObservedLayer) -> None:
         raise LayerError(
             f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
         )
-    for band, values in zip(modality.band_names, layer.values, strict=True):
-        known = values[layer.valid]
+    check_values(modality, layer.values[:, layer.valid])
+
+
+def check_values(modality: Modality, known: NDArray[np.generic]) -> None:
+    """Check known values [bands, n] against what the modality's unit allows.
+
+    Raises:
+        LayerError: they are not what the modality is; it says what they look like.
+    """
+    for band, values in zip(modality.band_names, known, strict=True):
         if modality.is_categorical:
-            _check_classes(modality, known)
+            _check_classes(modality, values)
         else:
-            _check_range(modality, band, known.astype(np.float64))
+            _check_range(modality, band, values.astype(np.float64))
 
 
 def _check_classes(modality: Modality, codes: NDArray[np.generic]) -> None:
@@ -151,11 +181,9 @@ def onto(
     """
     if layer.grid == grid:
         return layer.values, layer.valid
-    values, valid = raster.warp(
-        layer.values, layer.valid, layer.grid, grid, categorical=modality.is_categorical
-    )
+    values, valid = resample(layer.values, layer.valid, layer.grid, grid, modality)
     if not valid.any():
-        raise _elsewhere(name, layer.grid, grid)
+        raise elsewhere(name, layer.grid, grid)
     return values, valid
 
 
@@ -174,7 +202,7 @@ def check_overlap(name: str, grid: Grid, finest: Grid) -> None:
     # The date line is where 180 is -180: the same box, a turn further.
     turns = (other[0] < east + turn and west + turn < other[2] for turn in (-360, 0, 360))
     if not any(turns) or not (other[1] < north and south < other[3]):
-        raise _elsewhere(name, grid, finest)
+        raise elsewhere(name, grid, finest)
 
 
 def _lonlat_box(grid: Grid) -> tuple[float, float, float, float]:
@@ -193,7 +221,8 @@ def _lonlat_box(grid: Grid) -> tuple[float, float, float, float]:
     return float(west), float(south), float(east), float(north)
 
 
-def _elsewhere(name: str, grid: Grid, finest: Grid) -> GeoreferenceError:
+def elsewhere(name: str, grid: Grid, finest: Grid) -> GeoreferenceError:
+    """The error of a layer that lies elsewhere than the finest."""
     return GeoreferenceError(
         f"layer {name} does not overlap the finest layer",
         got=f"bounds {_rounded(grid)} in {_short(grid.crs)}",

@@ -24,7 +24,7 @@ from mm_model.errors import (
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.serving.generator import EmbedRequest, Generator, Request
-from mm_model.serving.layers import ObservedLayer
+from mm_model.serving.layers import ObservedLayer, bands_of, in_units
 
 CONDITION_FIELDS: Mapping[str, str] = {
     "date": "of the pictures, as YYYY-MM-DD; it tells the season and, with a latitude, the sun",
@@ -106,8 +106,8 @@ def _read_layers(files: Mapping[str, bytes], generator: Generator) -> dict[str, 
 def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
     """Decode a GeoTIFF of a modality, once its header says that it can be one.
 
-    Bands go by their names if the file names them as the modality does, else by their order. A
-    declared scale and offset are applied.
+    Bands go by their names if the file names them as the modality does, beside whatever else it
+    holds, else by their order. A declared scale and offset are applied.
 
     Raises:
         MediaTypeError: it is no GeoTIFF, or cannot be read whole.
@@ -129,26 +129,15 @@ def read_header(content: bytes, modality: Modality, generator: Generator) -> ras
         )
     with _whole_file():
         header = raster.read_header(content, part)
-    _check_header(header, modality, part, generator)
+    check_header(header, modality, part, generator)
     return header
 
 
 def _decode(content: bytes, header: raster.RasterHeader, modality: Modality) -> ObservedLayer:
-    names = header.band_names
-    by_name = sorted(names) == sorted(modality.band_names)
+    bands = bands_of(header, modality)
     with _whole_file():
-        found = raster.read_raster(
-            content, f"part {modality.name}", bands=modality.band_names if by_name else None
-        )
-    values = found.values
-    scales, offsets = np.array(header.scales), np.array(header.offsets)
-    if (scales != 1).any() or (offsets != 0).any():
-        order = [names.index(n) for n in modality.band_names] if by_name else slice(None)
-        values = values * scales[order][:, None, None] + offsets[order][:, None, None]
-    valid = found.valid
-    if modality.is_categorical:
-        valid = valid & (values != modality.nodata).all(axis=0)
-    return ObservedLayer(values, valid, header.grid)
+        found = raster.read_raster(content, f"part {modality.name}", bands=bands)
+    return ObservedLayer(*in_units(found, modality), header.grid)
 
 
 @contextmanager
@@ -162,15 +151,21 @@ def _whole_file() -> Iterator[None]:
         ) from error
 
 
-def _check_header(
+def check_header(
     header: raster.RasterHeader, modality: Modality, part: str, generator: Generator
 ) -> None:
+    """Check what a header tells of a modality's file.
+
+    Raises:
+        TooLargeError: it declares more pixels than are allowed.
+        LayerError: it has other bands or another type of pixels.
+    """
     generator.check_side(part, header.grid)
-    if header.bands != len(modality.bands):
+    if header.bands != len(modality.bands) and bands_of(header, modality) is None:
         raise LayerError(
             f"{part}: bands",
             got=header.bands,
-            allowed=f"{len(modality.bands)} ({', '.join(modality.band_names)})",
+            allowed=f"{len(modality.bands)}, or named {', '.join(modality.band_names)}",
             remedy="select them with gdal_translate -b",
         )
     kinds = "iu" if modality.is_categorical else "iuf"

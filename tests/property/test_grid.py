@@ -32,6 +32,20 @@ def test_pixels_and_world_are_inverse(grid: Grid, down: float, right: float) -> 
     assert grid.row_col(*grid.xy(row, col)) == pytest.approx((row, col), abs=1e-6)
 
 
+@given(grids(), st.integers(-500, 500), st.integers(-500, 500))
+def test_parts_of_one_ground_count_their_pixels_alike(grid: Grid, row: int, col: int) -> None:
+    part = grid.window(row, col, 7, 11)
+    expected = (grid.position[0] + row, grid.position[1] + col)
+    assert part.position == expected
+    assert Grid("", grid.transform, 7, 11).position == (0, 0)
+
+
+@given(st.integers(-10_000, 10_000), st.integers(0, 40_000), st.sampled_from([0.0, 0.25, 0.5]))
+def test_a_position_is_the_pixel_of_the_systems_lattice(row: int, col: int, off: float) -> None:
+    grid = Grid("EPSG:32633", (10.0, 0.0, 10 * (col + off), 0.0, -10.0, -10 * (row + off)), 8, 8)
+    assert grid.position == (row + (off >= 0.5), col + (off >= 0.5))
+
+
 @given(grids(), st.integers(-5, 50), st.integers(-5, 50))
 def test_a_window_begins_at_its_pixel(grid: Grid, row: int, col: int) -> None:
     window = grid.window(row, col, 7, 11)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rasterio
 
@@ -49,7 +50,7 @@ def test_every_verb_is_on_the_help_page(mm) -> None:
     status, text, _ = mm("--help")
     assert status == 0
     verbs = """doctor up down status serve demo prepare split validate stats train evaluate
-    register promote rollback generate embed show"""
+    register promote rollback generate embed fill show"""
     for verb in verbs.split():
         assert f" {verb} " in text
 
@@ -120,6 +121,31 @@ def test_an_observed_file_may_name_nothing(mm, bundle: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert {p.name for p in out.iterdir()} == {"dem.tif", "picture.png"}
+
+
+def test_fill_completes_a_layer_and_tells_how_sure_it_is(mm, bundle: Path, tmp_path: Path) -> None:
+    given = {name: tmp_path / f"{name}.tif" for name in ("sar", "rgb")}
+    for name, path in given.items():
+        path.write_bytes(geotiff(name))
+    out = tmp_path / "filled"
+    status, text, err = mm(
+        "fill", f"rgb={given['rgb']}", "--observe", f"sar={given['sar']}", "--bundle", bundle,
+        "--steps", 1, "--samples", 2, "--uncertainty", "--out", out,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    written = ["picture.png", "rgb_0.tif", "rgb_1.tif", "rgb_uncertainty.tif", "uncertainty.png"]
+    assert sorted(p.name for p in out.iterdir()) == written
+    assert all(name in text for name in written)
+    before, after = (raster.read_raster(p) for p in (given["rgb"], out / "rgb_0.tif"))
+    assert not before.valid.all()
+    assert np.array_equal(after.values[:3, before.valid], before.values[:, before.valid])
+    assert np.array_equal(after.values[3] == 1, ~before.valid)
+    spread = raster.read_raster(out / "rgb_uncertainty.tif").values[3:]
+    assert (spread[:, before.valid] == 0).all()
+    assert spread[:, ~before.valid].max() > 0
+    status, _, err = mm("fill", "rgb", "--bundle", bundle)
+    assert status == 1
+    assert "MODALITY=FILE" in err
 
 
 def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path: Path) -> None:

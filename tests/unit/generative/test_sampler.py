@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import itertools
@@ -14,7 +15,7 @@ from model_fixtures import FIVE, NAMES, make_model, make_scene
 
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
-from mm_model.generative.noise import canvas_noise, generator
+from mm_model.generative.noise import canvas_noise, generator, scene_noise
 from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
 from mm_model.generative.windows import Windows
 from mm_model.modalities import MODALITIES, channel_slices
@@ -108,6 +109,19 @@ def test_noise_is_a_function_of_seed_purpose_and_position() -> None:
     assert abs(large.std() - 1) < 0.03
     a, b = (torch.rand(3, generator=generator(1, key)) for key in (23, "23"))
     assert not torch.equal(a, b)
+
+
+def test_noise_of_a_scene_has_one_mean_and_is_standard() -> None:
+    side = 8
+    whole = scene_noise(5, 3, 300, 200, (0, 0), side)
+    part = scene_noise(5, 3, 40, 50, (130, 70), side)
+    assert torch.allclose(part, whole[:, 130:170, 70:120], atol=1e-6)
+    assert scene_noise(None, 3, 4, 5, (0, 0), side).eq(0).all()
+    assert abs(whole.std() - 1) < 0.02
+    # Windows differ by a fraction of what they do in white noise, 1/side; the seed moves them all.
+    assert F.avg_pool2d(whole, side).std((1, 2)).max() < 0.8 / side
+    means = torch.stack([scene_noise(k, 3, 64, 64, (0, 0), side).mean((1, 2)) for k in range(200)])
+    assert abs(means.std() * side - 1) < 0.1
 
 
 def test_scene_given_equals_scene_sampled_and_steps_matter() -> None:

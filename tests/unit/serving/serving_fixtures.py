@@ -37,7 +37,7 @@ PLAUSIBLE = {
 def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
     """Weights are random, those that start at zero too: every input reaches every output.
 
-    Widths are multiples of 16, as in every declared size: see `sampler._Chunks`.
+    Widths are multiples of 16, as in every declared size: see `sampler.Chunks`.
     """
     modalities = tuple(MODALITIES[n] for n in names)
     measured = {m.name: _statistics(m) for m in modalities}

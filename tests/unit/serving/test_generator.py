@@ -58,7 +58,8 @@ def test_an_answer_is_what_the_training_path_samples(bundle, generator):
     x, mask = bundle.model.codec.encode(scene)
     targets = ("rgb", "dem", "map")
     known = torch.from_numpy(stack_features([complete(NOTHING, GRID)] * 2))
-    made = sample(bundle.model, x, mask, targets, sample_seeds(7, 2), 2, conditions=known)
+    seeds, origins = sample_seeds(7, 2), [GRID.position] * 2
+    made = sample(bundle.model, x, mask, targets, seeds, 2, origins=origins, conditions=known)
     expected = bundle.model.codec.decode(made, targets)
     assert list(result.values) == list(targets)
     for name in targets:
@@ -86,6 +87,19 @@ def test_no_result_depends_on_others_in_the_batch(bundle):
     ]
     together = generator.generate(requests)
     assert all(same(generator.generate([r])[0], t) for r, t in zip(requests, together, strict=True))
+
+
+def test_places_share_a_batch_only_where_their_windows_coincide(bundle):
+    generator = Generator(bundle, max_batch=16)
+    grids = [GRID.window(r, c, 40, 31) for r, c in ((0, 0), (5, 90), (36, 0), (54, 18))]
+    requests = [
+        Request({"sar": make_layer("sar", grid, k)}, ("rgb",), seed=2, steps=2)
+        for k, grid in enumerate(grids)
+    ]
+    together = generator.generate(requests)
+    for request, result in zip(requests, together, strict=True):
+        (alone,) = generator.generate([request])
+        np.testing.assert_array_equal(result.values["rgb"], alone.values["rgb"])
 
 
 def test_a_draw_depends_on_seed_and_number_alone(generator):

@@ -1,0 +1,188 @@
+"""Rasters of any size, a strip of rows at a time: read onto another grid, and written as COG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+from rasterio.transform import Affine
+from rasterio.windows import Window
+
+from mm_model.data import raster
+from mm_model.errors import RasterError
+from mm_model.geo.grid import Grid
+
+BLOCK_PX = 512  # side of the blocks of what is written
+CACHE_MB = 128  # of decoded blocks that GDAL may hold
+_LATTICE = 33  # points along a strip's side that say which part of a source lies below it
+_KERNEL_PX = 3  # that resampling reaches beyond a pixel, in source pixels and more
+
+
+@contextmanager
+def bounded_cache() -> Iterator[None]:
+    """Blocks that GDAL keeps decoded stay few: it would take a share of the machine's memory."""
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
+        yield
+
+
+def strips(height: int, rows: int = BLOCK_PX) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of the strips that a height falls into, the last one may be lower."""
+    for row in range(0, height, rows):
+        yield row, min(rows, height - row)
+
+
+def window_below(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
+    """The window (row, column, height, width) of a source that resampling onto a target reads.
+
+    None where they do not overlap.
+    """
+    steps = np.linspace(0, 1, _LATTICE)
+    points = [target.xy(v * target.height, u * target.width) for v in steps for u in steps]
+    xs, ys = raster.transform_xy(target.crs, source.crs, *zip(*points, strict=True))
+    at = np.array([source.row_col(x, y) for x, y in zip(xs, ys, strict=True)])
+    # What bends between the points of the lattice is less than a step between them.
+    reach = _KERNEL_PX * max(1.0, raster.source_pixels_per_target(source, target)) + 1
+    low = np.floor(at.min(axis=0) - reach).astype(int).clip(0)
+    high = np.minimum(np.ceil(at.max(axis=0) + reach).astype(int), source.shape)
+    if (low >= high).any():
+        return None
+    return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])
+
+
+def thumbnail(path: Path, longest_px: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Values [bands, h, w] and valid [h, w] of a GeoTIFF at no more than so many pixels a side.
+
+    From its overviews where it has any; never enlarged.
+    """
+    with raster.quiet(), rasterio.open(path, driver="GTiff") as dataset:
+        share = min(1.0, longest_px / max(dataset.shape))
+        shape = tuple(max(1, round(side * share)) for side in dataset.shape)
+        values = dataset.read(out_shape=(dataset.count, *shape))
+        valid = (dataset.read_masks(out_shape=(dataset.count, *shape)) != 0).all(axis=0)
+    if values.dtype.kind == "f":
+        valid &= np.isfinite(values).all(axis=0)
+    return values, valid
+
+
+class CogWriter:
+    """A raster that is written from top to bottom, then made a cloud-optimised GeoTIFF.
+
+    Nothing stands at `path` before `finish`; leaving the context without it removes what was
+    written. Overviews are made by averaging numbers, or by the most frequent class.
+
+    Args:
+        path: of the file.
+        grid: written unchanged to the last digit.
+        band_names: one a band.
+        dtype: of all bands.
+        nodata: what stands where nothing is known; None if everything is.
+        units: one a band.
+        colors: RGBA by code; they make it a map.
+        tags: of the file.
+        categorical: whether values are codes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        grid: Grid,
+        band_names: Sequence[str],
+        *,
+        dtype: str,
+        nodata: float | None,
+        units: Sequence[str],
+        colors: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+        tags: Mapping[str, str] = MappingProxyType({}),
+        categorical: bool = False,
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._grid, self._categorical = path, grid, categorical
+        self._rows, self._held = 0, np.empty((len(band_names), 0, grid.width), dtype)
+        self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
+        self._cog = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with raster.quiet():
+            self._dataset: Any = rasterio.open(
+                self._raw,
+                "w",
+                driver="GTiff",
+                height=grid.height,
+                width=grid.width,
+                count=len(band_names),
+                dtype=dtype,
+                nodata=nodata,
+                crs=grid.crs or None,
+                transform=Affine(*grid.transform),
+                tiled=True,
+                blockxsize=BLOCK_PX,
+                blockysize=BLOCK_PX,
+                interleave="band",
+                bigtiff="if_safer",
+            )
+        self._dataset.descriptions = tuple(band_names)
+        self._dataset.units = tuple(units)
+        if colors and len(band_names) == 1:
+            self._dataset.write_colormap(1, {0: (0, 0, 0, 0), **colors})
+        self._dataset.update_tags(**tags)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._dataset.close()
+        self._raw.unlink(missing_ok=True)
+        self._cog.unlink(missing_ok=True)
+
+    def write(self, values: NDArray[np.generic]) -> None:
+        """The next rows, [bands, rows, W]."""
+        self._held = np.concatenate([self._held, values], axis=1, dtype=self._held.dtype)
+        whole = self._held.shape[1] // BLOCK_PX * BLOCK_PX
+        if whole:
+            self._flush(whole)
+
+    def finish(self) -> Path:
+        """Write the rest and make the file; all rows must have been written."""
+        self._flush(self._held.shape[1])
+        if self._rows != self._grid.height:
+            raise RasterError(f"{self.path}: rows", got=self._rows, allowed=self._grid.height)
+        with self._written():
+            self._dataset.close()
+            rasterio.shutil.copy(
+                self._raw,
+                self._cog,
+                driver="COG",
+                compress="deflate",
+                predictor="no" if self._categorical else "yes",
+                blocksize=BLOCK_PX,
+                overview_resampling="mode" if self._categorical else "average",
+                bigtiff="if_safer",
+            )
+        self._cog.replace(self.path)
+        return self.path
+
+    def _flush(self, rows: int) -> None:
+        if rows:
+            window = Window(0, self._rows, self._grid.width, rows)
+            with self._written():
+                self._dataset.write(self._held[:, :rows], window=window)
+            self._held, self._rows = self._held[:, rows:], self._rows + rows
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """What goes wrong while it is written is a RasterError."""
+        try:
+            yield
+        except RasterioError as error:
+            raise RasterError(
+                f"{self.path} cannot be written",
+                got=" ".join(str(error.__cause__ or error).split())[:200],
+                remedy="look whether the disk is full",
+            ) from error
