@@ -21,4 +21,7 @@ def data_refresh(pipeline: str = ".", force: bool = False) -> None:
     sets = [f"| {', '.join(s['modalities'])} | {s['patches']} |" for s in stats["sets"]]
     head = f"Training split: {stats['patches']} patches of {stats['places']} places."
     docs = f"Data Docs: `{folder / 'data/docs'}`"
-    publish("data", "\n".join([head, "", "| modalities | patches |", "|---|---|", *sets, "", docs]))
+    catalogue = folder / "data/catalogue"
+    card = f"Data card: `{catalogue / 'index.html'}`"
+    text = [head, "", "| modalities | patches |", "|---|---|", *sets, "", docs, "", card]
+    publish("data", "\n".join(text), (catalogue / "map.png",))
