@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 
 from mm_model.catalogue.census import Census
-from mm_model.catalogue.items import PARQUET, STAC_VERSION, asset_of, extensions
+from mm_model.catalogue.items import COLLECTION, PARQUET, STAC_VERSION, asset_of, extensions
 
-CARD, COLLECTION, ITEMS, MAP, PAGE = (
-    "card.md",
-    "collection.json",
-    "items.parquet",
-    "map.png",
-    "index.html",
-)
+CARD, ITEMS, MAP, PAGE = "card.md", "items.parquet", "map.png", "index.html"
 _SPDX = re.compile(r"^[\w.+-]+$")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ STAC_VERSION = "1.1.0"
 CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
 EO = "https://stac-extensions.github.io/eo/v2.0.0/schema.json"
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+COLLECTION = "collection.json"
 PARQUET = "application/vnd.apache.parquet"
 # STAC wants an interval where no time is known: one that no search by time can miss, and that
 # nobody takes for a measured one.
 ALWAYS = (datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC))
 _ARROW = "application/vnd.apache.arrow.file"
 _AUTHORITY = re.compile(r"^[A-Z]+:[0-9]+$")
+_NAMES = pa.list_(pa.string())
+_ROW_GROUP = 10_000  # patches that are held at a time, and that a search by box reads or skips
 _TIME = pa.timestamp("us", tz="UTC")
 _DAY_S, _EPOCH_DAY = 86_400, datetime(1970, 1, 1).toordinal()
 
@@ -80,52 +84,72 @@ def write_items(
     layer of the patch may have been acquired, `start_datetime` to `end_datetime` all of them; where
     no date is known `datetime` is null and the interval is `ALWAYS`.
     """
-    patches, index = census.patches, store.index
-    begins = (index["patch_id"] != index["patch_id"].shift()).to_numpy(dtype=bool)
-    of_row = np.cumsum(begins) - 1
-    first = index[begins]
+    index = store.index
+    starts = np.flatnonzero((index["patch_id"] != index["patch_id"].shift()).to_numpy(dtype=bool))
+    ends = np.append(starts[1:], len(index))
     outlines = pq.read_table(store.path / INDEX, columns=[GEOMETRY, BBOX])
-    outlines = outlines.take(np.flatnonzero(begins)).combine_chunks()
-    n = len(patches)
-    assets = {
-        m.name: _assets(m, index, of_row, n, f"../{store.path.name}") for m in census.modalities
-    }
-    links = [
-        {"rel": rel, "href": "./collection.json", "type": "application/json"}
-        for rel in ("collection", "parent", "root")
-    ]
-    sides = first[["height", "width"]].to_numpy(np.int64)
-    codes = [c if _AUTHORITY.match(c) else None for c in first["crs"]]
-    others = [c if c and not _AUTHORITY.match(c) else None for c in first["crs"]]
-    columns: dict[str, pa.Array] = {
-        "type": _same("Feature", n),
-        "stac_version": _same(STAC_VERSION, n),
-        "stac_extensions": _same(extensions(census), n),
-        "id": pa.array(patches["patch_id"], pa.string()),
-        GEOMETRY: outlines[GEOMETRY].combine_chunks(),
-        BBOX: outlines[BBOX].combine_chunks(),
-        "links": _same(links, n),
-        "assets": pa.StructArray.from_arrays(list(assets.values()), list(assets)),
-        "collection": _same(collection["id"], n),
-        **_times(patches),
-        "gsd": pa.array(patches["gsd_m"]),
-        "proj:code": pa.array(codes, pa.string()),
-        **({"proj:wkt2": pa.array(others, pa.string())} if any(others) else {}),
-        "proj:shape": _rows(sides),
-        "proj:transform": _rows(first[[*"abcdef"]].to_numpy(np.float64)),
-        "mm:place_id": pa.array(patches["place_id"], pa.string()),
-        "mm:source": pa.array(patches["source"], pa.string()),
-        "mm:split": pa.array(patches["split"], pa.string()),
-        "mm:modalities": pa.array([census.names(m) for m in patches["members"]]),
-    }
+    outlines = outlines.take(starts).combine_chunks()
     facts = {
-        **geo_metadata(columns[GEOMETRY].to_pylist()),
+        **geo_metadata(outlines[GEOMETRY].to_pylist()),
         b"stac-geoparquet": json.dumps(
             {"version": "1.0.0", "collections": {collection["id"]: collection}}
         ).encode(),
     }
-    located = pa.array(patches["xmin"].notna())
-    pq.write_table(pa.table(columns).filter(located).replace_schema_metadata(facts), path)
+    same = {
+        "type": "Feature",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": extensions(census),
+        "links": [
+            {"rel": rel, "href": f"./{COLLECTION}", "type": "application/json"}
+            for rel in ("collection", "parent", "root")
+        ],
+        "collection": collection["id"],
+    }
+    with ExitStack() as stack:
+        writer = None
+        for low in range(0, len(starts), _ROW_GROUP):
+            part = slice(low, low + _ROW_GROUP)
+            rows = index.iloc[starts[part][0] : ends[part][-1]]
+            table = _table(rows, census, part, outlines[part], same, f"../{store.path.name}")
+            table = table.replace_schema_metadata(facts)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+
+
+def _table(
+    index: pd.DataFrame,
+    census: Census,
+    part: slice,
+    outlines: pa.Table,
+    same: Mapping[str, Any],
+    folder: str,
+) -> pa.Table:
+    """The items of some neighbouring patches, whose rows of the index are given."""
+    patches = census.patches[part]
+    n = len(patches)
+    begins = (index["patch_id"] != index["patch_id"].shift()).to_numpy(dtype=bool)
+    of_row, first = np.cumsum(begins) - 1, index[begins]
+    assets = {m.name: _assets(m, index, of_row, n, folder) for m in census.modalities}
+    codes = [c if _AUTHORITY.match(c) else None for c in first["crs"]]
+    others = [c if c and not _AUTHORITY.match(c) else None for c in first["crs"]]
+    columns: dict[str, Any] = {
+        **{name: _same(value, n) for name, value in same.items()},
+        "id": _whole(patches["patch_id"], pa.string()),
+        GEOMETRY: outlines[GEOMETRY],
+        BBOX: outlines[BBOX],
+        "assets": pa.StructArray.from_arrays(list(assets.values()), list(assets)),
+        **_times(patches),
+        "gsd": _whole(patches["gsd_m"]),
+        "proj:code": pa.array(codes, pa.string()),
+        "proj:wkt2": pa.array(others, pa.string()),
+        "proj:shape": _rows(first[["height", "width"]].to_numpy(np.int64)),
+        "proj:transform": _rows(first[[*"abcdef"]].to_numpy(np.float64)),
+        "mm:place_id": _whole(patches["place_id"], pa.string()),
+        "mm:source": _whole(patches["source"], pa.string()),
+        "mm:split": _whole(patches["split"], pa.string()),
+        "mm:modalities": pa.array([census.names(m) for m in patches["members"]], _NAMES),
+    }
+    return pa.table(columns).filter(_whole(patches["xmin"].notna()))
 
 
 def _band(modality: Modality, number: int) -> dict[str, Any]:
@@ -151,14 +175,14 @@ def _assets(
     which = pa.array(at, mask=absent)
 
     def column(name: str, of: pa.DataType | None = None) -> pa.Array:
-        return pa.array(index[name], of, from_pandas=True).take(which)
+        return _whole(index[name], of).take(which)
 
     statistics = {} if modality.is_categorical else {
         "minimum": column("min"), "maximum": column("max"), "mean": column("mean")
     }  # fmt: skip
-    statistics["valid_percent"] = pa.array(index["valid_fraction"] * 100).take(which)
+    statistics["valid_percent"] = _whole(index["valid_fraction"] * 100).take(which)
     fields: dict[str, pa.Array] = {
-        "href": pa.array(folder + "/" + index["shard"], pa.string()).take(which),
+        "href": _whole(folder + "/" + index["shard"], pa.string()).take(which),
         **{key: _same(value, n) for key, value in asset_of(modality).items()},
         "statistics": pa.StructArray.from_arrays(list(statistics.values()), list(statistics)),
         "mm:row": column("row"),
@@ -184,6 +208,12 @@ def _times(patches: pd.DataFrame) -> dict[str, pa.Array]:
         "start_datetime": pa.array(np.where(unknown, least, begin)).cast(_TIME),
         "end_datetime": pa.array(np.where(unknown, most, end)).cast(_TIME),
     }
+
+
+def _whole(column: pd.Series[Any], of: pa.DataType | None = None) -> pa.Array:
+    """One array: of strings, pandas gives the parts in which it holds them."""
+    made = pa.array(column, of, from_pandas=True)
+    return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
 
 
 def _same(value: Any, n: int) -> pa.Array:

@@ -18,7 +18,8 @@ pre code{padding:0;background:none}
 table{border-collapse:collapse;font-size:13px}td,th{border-bottom:1px solid #ddd;
 padding:.25rem .6rem;text-align:left;vertical-align:top}.wide{overflow-x:auto}
 .sheet td,.sheet th{padding:.3rem;font-weight:400}.sheet th[colspan]{font-weight:600;
-background:#f4f4f2}.sheet img{width:120px;height:auto;image-rendering:pixelated}
+background:#f4f4f2}.sheet img{width:120px;height:auto;image-rendering:pixelated;
+border:1px solid #bbb}
 .sheet td{font-size:12px;color:#555}.legend dt{font-weight:600;float:left;width:5rem}
 .legend dd{margin:0 0 .3rem 5rem}.legend img{vertical-align:middle}
 .class{white-space:nowrap;margin-right:.8rem}.class i{display:inline-block;width:.9em;height:.9em;

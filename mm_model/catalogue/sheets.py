@@ -112,7 +112,9 @@ def _legend(modality: Modality, codes: set[int]) -> str:
 
 
 def _span(limits: Limits, modality: Modality) -> str:
-    return f"{limits[0]:.0f} to {limits[1]:.0f} {modality.unit}"
+    low, high = limits
+    digits = 0 if high - low >= 10 else 1
+    return f"{low:.{digits}f} to {high:.{digits}f} {modality.unit}"
 
 
 def _image(colors: NDArray[np.uint8], text: str) -> str:

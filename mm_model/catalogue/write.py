@@ -14,8 +14,8 @@ import pandas as pd
 from mm_model.catalogue.card import CLASSES, HISTOGRAMS, data_card
 from mm_model.catalogue.census import take_census
 from mm_model.catalogue.charts import save_classes, save_histograms, save_map
-from mm_model.catalogue.collection import CARD, COLLECTION, ITEMS, MAP, PAGE, collection
-from mm_model.catalogue.items import write_items
+from mm_model.catalogue.collection import CARD, ITEMS, MAP, PAGE, collection
+from mm_model.catalogue.items import COLLECTION, write_items
 from mm_model.catalogue.page import page
 from mm_model.catalogue.sheets import sheets
 from mm_model.data.files import sync_folder

@@ -29,6 +29,7 @@ DVC = """
 stages:
   prepare: {cmd: echo prepared, always_changed: true}
   split: {cmd: echo $MM_FLOW_RUN_ID > split, params: [seconds]}
+  catalogue: {cmd: mkdir -p data/catalogue; echo x > data/catalogue/map.png, always_changed: true}
   validate: {cmd: echo validated, always_changed: true}
   stats: {cmd: python stats.py, params: [seconds], outs: [data/stats.json]}
 """
@@ -153,6 +154,8 @@ def test_deployment_run_in_the_project_folder_needs_no_environment(project: Path
     assert api(f"/flow_runs/{run}")["name"] == "data-refresh of ."
     page = api("/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["data"]}}})[0]
     assert "| a | 3 |" in page["data"]
+    assert "data/catalogue/index.html" in page["data"]
+    assert "![map](data:image/png;base64,eAo=)" in page["data"]
 
 
 def test_a_failing_stage_ends_the_flow_with_its_own_message(project: Path) -> None:

@@ -33,6 +33,19 @@ def test_it_says_where_the_page_is(catalogue, monkeypatch, capfd):
     assert out.strip() == str(catalogue / "index.html")
 
 
+@pytest.mark.parametrize(("terminal", "screen"), [(True, ":0"), (True, ""), (False, ":0")])
+def test_it_opens_the_page_for_who_looks(catalogue, monkeypatch, capfd, terminal, screen):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", screen)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert mm(monkeypatch, capfd, "-C", catalogue.parents[1])[0] == 0
+    page = (catalogue / "index.html").resolve().as_uri()
+    assert opened == ([page] if terminal and screen else [])
+
+
 def test_it_copies_the_page(catalogue, monkeypatch, capfd, tmp_path):
     copy = tmp_path / "new" / "page.html"
     status, out, _ = mm(monkeypatch, capfd, "-C", catalogue.parents[1], "--out", copy)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
@@ -13,9 +14,10 @@ import stac_geoparquet.arrow
 from catalogue_fixtures import MODALITIES_OF_ODD
 from pystac.validation import validate_dict
 
+from mm_model.catalogue import items as writing
 from mm_model.catalogue.items import ALWAYS
 from mm_model.data.quality import day_span
-from mm_model.data.store import INDEX
+from mm_model.data.store import INDEX, PatchStore
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,18 @@ def test_times_say_what_is_known(store, located, items):
         assert begin == datetime.fromordinal(min(s[0] for s in spans)).replace(tzinfo=UTC)
         assert end.date() == datetime.fromordinal(max(s[1] for s in spans)).date()
     assert 0 < undated < len(items)
+
+
+def test_a_large_index_makes_the_same_items(catalogue, store, census, tmp_path, monkeypatch):
+    parts = PatchStore(store.path)
+    parts.index = pd.concat([store.index.iloc[:7], store.index.iloc[7:]])
+    assert isinstance(pa.array(parts.index["shard"]), pa.ChunkedArray)
+    record = json.loads((catalogue / "collection.json").read_text())
+    monkeypatch.setattr(writing, "_ROW_GROUP", 4)
+    writing.write_items(tmp_path / "items.parquet", parts, census, record)
+    made = pq.ParquetFile(tmp_path / "items.parquet")
+    assert made.num_row_groups > 2
+    assert made.read().equals(pq.read_table(catalogue / "items.parquet"), check_metadata=True)
 
 
 def test_the_file_carries_its_collection(catalogue):
