@@ -28,7 +28,9 @@ def data_refresh(pipeline: str = ".", force: bool = False) -> None:
     sets = [f"| {', '.join(s['modalities'])} | {s['patches']} |" for s in stats["sets"]]
     head = f"Training split: {stats['patches']} patches of {stats['places']} places."
     table = "\n".join(["| modalities | patches |", "|---|---|", *sets])
-    publish("data", "\n\n".join([head, verdict, table, f"Data Docs: `{data / 'docs'}`"]))
+    catalogue = data / "catalogue"
+    pages = f"Data Docs: `{data / 'docs'}`", f"Data card: `{catalogue / 'index.html'}`"
+    publish("data", "\n\n".join([head, verdict, table, *pages]), (catalogue / "map.png",))
 
 
 @task(cache_policy=NO_CACHE)

@@ -15,7 +15,7 @@ from mm_model.adapters import dvc
 from mm_model.adapters.environment import project_root
 from mm_model.errors import ConfigError
 
-DATA_STAGES = ("prepare", "split", "validate", "stats")
+DATA_STAGES = ("prepare", "split", "catalogue", "validate", "stats")
 MODEL_STAGES = ("train", "evaluate")
 
 

@@ -288,7 +288,7 @@ class _Sheet:
         return [] if repeated else [here.get(i, "\n") for i in range(len(row))]
 
     def _row_height(self, row: Sequence[Panel | None], heads: list[str]) -> float:
-        noted = any(p is not None and _is_relative(p.modality) for p in row)
+        noted = any(p is not None and is_relative(p.modality) for p in row)
         extra: float = 0.32 * bool(heads) + 0.16 * noted
         return self._panel_height + extra + _GAP_IN
 
@@ -341,13 +341,13 @@ class _Sheet:
         self._image(bar, _LABEL_IN, y + 0.06, 2.0, 0.12)
         low, high = modality.display_range
         ticks = [low, (low + high) / 2, high]
-        labels = ["row's lowest", "", "highest"] if _is_relative(modality) else map(_tick, ticks)
+        labels = ["row's lowest", "", "highest"] if is_relative(modality) else map(_tick, ticks)
         for share, label, anchor in zip(
             (0, 0.5, 1), labels, ("left", "center", "right"), strict=True
         ):
             self._text(_LABEL_IN + 2 * share, y + 0.31, label, size=7, align=anchor)
         unit = "" if modality.unit == "1" else f", {modality.unit}"
-        scale = ", 1st to 99th percentile of a row" if _is_relative(modality) else ""
+        scale = ", 1st to 99th percentile of a row" if is_relative(modality) else ""
         self._text(_LABEL_IN + 2.1, y + 0.17, f"{modality.title}{unit}{scale}", size=7)
 
     def _image(self, colors: NDArray[np.uint8], x: float, y: float, w: float, h: float) -> None:
@@ -376,7 +376,8 @@ class _Sheet:
         )
 
 
-def _is_relative(modality: Modality) -> bool:
+def is_relative(modality: Modality) -> bool:
+    """Whether the limits of its colours are those of the place shown (`robust_limits`)."""
     return modality.quantity is Quantity.ELEVATION
 
 
@@ -384,7 +385,7 @@ def _row_limits(row: Sequence[Panel | None]) -> dict[str, Limits]:
     """Limits that the elevations of a row share, by modality."""
     layers: dict[str, list[tuple[NDArray[Any], NDArray[np.bool_]]]] = {}
     for panel in row:
-        if panel is not None and _is_relative(panel.modality):
+        if panel is not None and is_relative(panel.modality):
             layers.setdefault(panel.modality.name, []).append((panel.values, panel.valid))
     limits = {name: robust_limits(pairs) for name, pairs in layers.items()}
     return {name: pair for name, pair in limits.items() if pair is not None}

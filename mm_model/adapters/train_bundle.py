@@ -18,9 +18,8 @@ from mm_model.adapters.mlflow_reporter import Journal, read_journal, run_id_of, 
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.adapters.train_progress import following
 from mm_model.bundle import Manifest, load_manifest, save_bundle
-from mm_model.config import Params, parse, read_yaml
-from mm_model.data.sources.manifest import ManifestFile
-from mm_model.data.sources.stac.request import licences
+from mm_model.config import Params
+from mm_model.data.licences import licences
 from mm_model.data.split import TRAIN, VALIDATION, load_split
 from mm_model.data.store import INDEX, PatchStore
 from mm_model.errors import ConfigError
@@ -88,7 +87,7 @@ def train_bundle(params: Params, folder: Path) -> dict[str, Any]:
         "start": {"bundle_id": begun.bundle_id, **begun.effort} if begun else None,
         "sources": {
             **(begun.provenance.get("sources", {}) if begun else {}),
-            **_sources(params, folder),
+            **licences(params.prepare, params.selected, folder),
         },
         "fingerprint": job.fingerprint,
         "mlflow_run_id": summary["run_id"],
@@ -215,20 +214,6 @@ def _figures(job: Job) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "samples_per_s": round(sum(samples) / seconds, 3),
         "losses": losses,
-    }
-
-
-def _sources(params: Params, folder: Path) -> Mapping[str, Mapping[str, str]]:
-    """Name → licence and attribution of the data sets that were trained on."""
-    if params.prepare.source == "stac" and params.prepare.stac is not None:
-        return licences(folder / params.prepare.stac.search, params.selected)
-    if params.prepare.source == "synthetic" or params.prepare.geotiff is None:
-        return {"synthetic": {"licence": "computed by this project, free of any right"}}
-    path = folder / params.prepare.geotiff.manifest
-    manifest = parse(ManifestFile, read_yaml(path), str(path))
-    return {
-        name: {"licence": s.licence, "attribution": s.attribution or ""}
-        for name, s in manifest.sources.items()
     }
 
 

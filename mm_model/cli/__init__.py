@@ -166,6 +166,15 @@ def split(pipeline: PipelineOption = HERE) -> None:
 
 
 @app.command(rich_help_panel=STAGES)
+def catalogue(pipeline: PipelineOption = HERE) -> None:
+    """Describe the patches for others: STAC, a data card, a page to look at."""
+    _enter(pipeline)
+    from mm_model.stages import catalogue as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
 def validate(pipeline: PipelineOption = HERE) -> None:
     """Check the index of patches; write Data Docs."""
     _enter(pipeline)
@@ -398,13 +407,21 @@ def show(
     what: Annotated[
         str,
         typer.Argument(
-            help="A patch id or number, a bundle folder, `pretrained`, or GeoTIFFs' folder."
+            help="`data`, a patch id or number, a bundle folder, `pretrained`, or GeoTIFFs' folder."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("show.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG to write; of `data`, a copy of the page.", show_default="show.png"),
+    ] = None,
     pipeline: PipelineOption = HERE,
 ) -> None:
-    """A picture of a patch, of what a bundle generates, or of an answer."""
+    """A page of all data, or a picture of a patch, of what a bundle generates, of an answer."""
+    if what == "data":
+        from mm_model.cli.data import show_data
+
+        show_data(pipeline, out)
+        return
     from mm_model.cli.images import show as run
 
-    run(what, out.resolve(), pipeline)
+    run(what, (out or Path("show.png")).resolve(), pipeline)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import webbrowser
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from mm_model.catalogue.write import page_of
 from mm_model.config import load_params
 from mm_model.data.drift import HEADS, MOST_DISTANCE, drift
+from mm_model.data.files import write_atomically
 from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
+
+
+def show_data(pipeline: Path, out: Path | None) -> None:
+    """Say where the page of the data lies, and open it where there is a screen.
+
+    Args:
+        pipeline: folder that holds params.yaml.
+        out: file to copy the page to; it needs nothing but itself.
+
+    Raises:
+        DataError: there is no catalogue, or it describes other data.
+    """
+    data = pipeline / "data"
+    page = page_of(data / "catalogue", data / "patches", data / "splits.parquet").resolve()
+    if out is not None:
+        write_atomically(out, page.read_bytes())
+        page = out.resolve()
+    Console(soft_wrap=True).print(str(page))
+    has_screen = sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if sys.stdout.isatty() and has_screen:
+        webbrowser.open(page.as_uri())
 
 
 def show_drift(batch: Path) -> None:

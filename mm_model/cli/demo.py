@@ -187,6 +187,7 @@ def _places(page: Path, url: str, pipeline: Path) -> list[tuple[str, str]]:
         ("MLflow", environment.mlflow_url()),
         ("Prefect", prefect),
         ("Ray", environment.ray_dashboard_url()),
+        ("data card", str((pipeline / "data/catalogue/index.html").resolve())),
         ("Data Docs", str((pipeline / "data/docs/index.html").resolve())),
         ("stop everything", "make down"),
     ]

@@ -34,7 +34,7 @@ def derive(frame: pd.DataFrame) -> pd.DataFrame:
     """
     out = frame.copy()
     out["shift_px"] = np.hypot(frame["shift_row_px"], frame["shift_col_px"])
-    spans = frame["acquired_at"].map(_days, na_action="ignore")
+    spans = frame["acquired_at"].map(day_span, na_action="ignore")
     first = spans.groupby(frame["patch_id"]).transform("first")
     out["days_apart"] = [
         max(a[0] - b[1], b[0] - a[1], 0)
@@ -74,7 +74,7 @@ def excluded_layers(frame: pd.DataFrame) -> dict[str, str]:
     return dict(zip(rows["patch_id"], rows["excluded_layers"], strict=True))
 
 
-def _days(text: str) -> tuple[int, int] | None:
+def day_span(text: str) -> tuple[int, int] | None:
     """First and last day that a date, a month or a year may mean, as ordinals."""
     found = _DATE.match(text)
     if not found:

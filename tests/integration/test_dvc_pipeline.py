@@ -48,15 +48,30 @@ def dvc(folder, *arguments):
 
 
 def test_stages_run_once_and_write_what_they_declare(folder):
-    first = dvc(folder, "repro", "stats")
+    first = dvc(folder, "repro", "stats", "catalogue")
     assert first.returncode == 0, first.stdout + first.stderr
     statistics = json.loads((folder / "data/stats.json").read_text())
     assert set(statistics["modalities"]) == {m.name for m in FOUR}
     outputs = {p.name for p in (folder / "data").iterdir() if not p.name.startswith(".")}
-    assert outputs == {"patches", "splits.parquet", "validation.json", "docs", "stats.json"}
-    again = dvc(folder, "repro", "stats")
+    files = {"splits.parquet", "validation.json", "stats.json"}
+    assert outputs == {"patches", "docs", "catalogue", *files}
+    card = (folder / "data/catalogue/card.md").read_text()
+    assert "| `made` | CC0-1.0 |" in card  # of the manifest
+    again = dvc(folder, "repro", "stats", "catalogue")
     assert "up to date" in again.stdout
     assert "Running stage" not in again.stdout
+
+
+def test_another_licence_makes_another_card_and_no_other_patches(folder):
+    assert dvc(folder, "repro", "catalogue").returncode == 0
+    path = folder / "manifest.yaml"
+    path.write_text(path.read_text().replace("CC0-1.0", "CC-BY-4.0"))
+    before = (folder / "data/patches/index.parquet").stat().st_ino
+    again = dvc(folder, "repro", "catalogue")
+    assert "Running stage 'catalogue'" in again.stdout
+    record = json.loads((folder / "data/catalogue/collection.json").read_text())
+    assert record["license"] == "CC-BY-4.0"
+    assert (folder / "data/patches/index.parquet").stat().st_ino == before
 
 
 def test_a_failing_stage_says_why_in_one_line(folder):

@@ -36,6 +36,7 @@ stages:
     params: [seconds]
     deps: [data/patches]
     outs: [data/splits.parquet]
+  catalogue: {cmd: mkdir -p data/catalogue; echo x > data/catalogue/map.png, always_changed: true}
   validate: {cmd: echo validated, always_changed: true}
   stats: {cmd: python stats.py, params: [seconds], outs: [data/stats.json]}
 """
@@ -189,7 +190,10 @@ def test_deployment_run_in_the_project_folder_needs_no_environment(project: Path
     assert "Completed" in done.stdout
     run = (project / "split").read_text().strip()
     assert api(f"/flow_runs/{run}")["name"] == "data-refresh of ."
-    assert "Training split: 18 patches of 6 places." in page("data")
+    data = page("data")
+    assert "Training split: 18 patches of 6 places." in data
+    assert "data/catalogue/index.html" in data
+    assert "![map](data:image/png;base64,eAo=)" in data
     assert "Drift was not judged: 18 new patches" in page("drift")
 
 
