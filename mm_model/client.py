@@ -33,7 +33,7 @@ from mm_model.api import (
     error_of,
 )
 from mm_model.conditions import NOTHING, Conditions
-from mm_model.errors import DeadlineError, MMError, NotReadyError, ServiceError
+from mm_model.errors import DeadlineError, MMError, NotReadyError, RequestError, ServiceError
 
 _CONNECT_S = 10.0
 _PAUSE_S = 0.5
@@ -170,6 +170,8 @@ class Client:
         Raises:
             MMError: of the classes that `generate` raises.
         """
+        if not observed:
+            raise RequestError("observed", got=0, allowed="one GeoTIFF or more")
         parts = _form(observed, list(conditions.texts().items()))
         response = self._call("POST", "/v1/embed", files=parts, headers={"Accept": ZIP})
         with self._understood(), zipfile.ZipFile(io.BytesIO(response.content)) as archive:

@@ -56,6 +56,12 @@ def generate(
     pretrained one.
     """
     files = _observations(observe, bundle, endpoint)
+    if files and size != (None, None):
+        raise ConfigError(
+            "--height and --width",
+            got=f"{size[0]}, {size[1]}",
+            remedy="leave them out: what is observed says how large the result is",
+        )
     if endpoint:
         from mm_model.client import Client
 

@@ -23,7 +23,7 @@ from mm_model.adapters import mlflow_registry as registry
 from mm_model.bundle import save_bundle
 from mm_model.client import Client
 from mm_model.conditions import Conditions
-from mm_model.errors import NotReadyError
+from mm_model.errors import NotReadyError, RequestError
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "unit/serving"), str(TESTS / "integration")]
@@ -230,6 +230,8 @@ def test_it_embeds_and_takes_what_is_known(platform, versions):
         made = client.generate(files, ["dem"], steps=2, conditions=winter)
         assert made.provenance.conditions == embedded.vector.conditions
         assert made.files != client.generate(files, ["dem"], steps=2).files
+        with pytest.raises(RequestError, match="one GeoTIFF or more"):
+            client.embed({})
 
 
 @pytest.mark.parametrize(("name", "why"), [("broken", "weights_sha256"), ("failed", "gate")])

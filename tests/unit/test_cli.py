@@ -237,6 +237,7 @@ def test_show_pretrained(mm, nothing_here: Path) -> None:
         (("--observe", "sar"), "MODALITY=FILE"),
         (("--observe", f"sar={__file__}", "--observe", f"sar={__file__}"), "twice"),
         (("--observe", "sar=/nowhere.tif"), "existing GeoTIFF"),
+        (("--observe", f"sar={__file__}", "--width", "64"), "leave them out"),
         (("--bundle", "a", "--endpoint", "http://127.0.0.1:1"), "one of them"),
         (("--date", "15.1.2024"), "YYYY-MM-DD"),
         (("--latitude", "95"), "-90 to 90"),
