@@ -292,6 +292,9 @@ LatitudeOption = Annotated[
     float | None,
     typer.Option("--latitude", help="Degrees, north positive.", show_default="the grid's"),
 ]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same images.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")]
 GsdOption = Annotated[
     float | None,
     typer.Option("--gsd", help="Metres a pixel on the ground.", show_default="the grid's"),
@@ -309,12 +312,12 @@ def generate(
         typer.Option(help="Modality to generate, repeatable; default: all not observed."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each target.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 4,
+    seed: SeedOption = 0,
+    steps: StepsOption = 4,
     width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     uncertainty: UncertaintyOption = False,
-    out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
+    out: OutOption = Path("out"),
     bundle: BundleOption = None,
     endpoint: EndpointOption = None,
     date: DateOption = None,
@@ -349,10 +352,10 @@ def fill(
         list[str] | None, typer.Option(help="MODALITY=FILE that guides it, repeatable.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of what is missing.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; 1: the best estimate.")] = 4,
+    seed: SeedOption = 0,
+    steps: StepsOption = 4,
     uncertainty: UncertaintyOption = False,
-    out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs and a picture.")] = Path("out"),
+    out: OutOption = Path("out"),
     bundle: BundleOption = None,
     date: DateOption = None,
     sun_elevation: SunElevationOption = None,

@@ -57,10 +57,11 @@ def scene_noise(
 ) -> Tensor:
     """Standard normal noise of the scene, [channels, height, width]; 0 for a seed of None.
 
-    As `canvas_noise`, but the mean over `side` x `side` cells, the window of the scene flow, is one
-    for the seed, wherever it lies. What is left open of a window as a whole (season, sun, snow)
-    follows from that mean; so all windows of a scene agree on it, and none sees other noise than
-    in training (docs/experiments.md).
+    As `canvas_noise`, but the moving mean over `side` x `side` cells, the window of the scene flow,
+    is replaced by one for the seed. What is left open of a window as a whole (season, sun, snow)
+    follows from its mean; so windows of a scene mostly agree on it. Cells keep their variance of 1;
+    means of windows correlate by 0.75 however far apart, and spread by 1.14 times what training
+    shows, since the moving mean is not the window's own (docs/experiments.md).
     """
     if seed is None:
         return torch.zeros(channels, height, width)

@@ -29,3 +29,10 @@ def advance(estimate: Tensor, x_t: Tensor, t: float, t_next: float) -> Tensor:
     if t_next == 1:
         return estimate
     return x_t + (t_next - t) / (1 - t) * (estimate - x_t)
+
+
+def step_times(steps: int, power: float = 1) -> list[float]:
+    """Where steps begin, and 1: (k/steps)^power. Equal steps at 1, above it shorter early ones,
+    below it shorter late ones.
+    """
+    return [(k / steps) ** power for k in range(steps + 1)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mm_model.conditions import FEATURES
 from mm_model.generative.noise import TILE, canvas_noise, scene_noise
-from mm_model.generative.path import advance
+from mm_model.generative.path import advance, step_times
 from mm_model.generative.plan import Pass
 from mm_model.generative.sampler import (
     SCENE_POWER,
@@ -244,9 +244,9 @@ class RowSampler:
 
         `tee` keeps a row's context from the first step that needs it until the last has had it.
         """
-        times = [(k / steps) ** power for k in range(steps + 1)]
         strips = noise
-        for (t, after), of_rows in zip(pairwise(times), tee(contexts, steps), strict=True):
+        pairs = pairwise(step_times(steps, power))
+        for (t, after), of_rows in zip(pairs, tee(contexts, steps), strict=True):
             strips = self._step(windows, strips, of_rows, estimate, t, after, fix)
         return strips
 

@@ -18,7 +18,7 @@ from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import batch_noise, scene_noise
-from mm_model.generative.path import advance
+from mm_model.generative.path import advance, step_times
 from mm_model.generative.plan import Pass, plan
 from mm_model.generative.windows import STRIDE, Frame, distance
 
@@ -27,7 +27,7 @@ Check = Callable[[], None]
 # Measured on sets from nothing (docs/experiments.md): the scene wants more steps than the decoder,
 # which cost a third, and early ones; the decoder late ones.
 SCENE_STEPS = 2  # for each of the decoder's
-SCENE_POWER, TARGET_POWER = 1.4, 0.7  # of the times, see `euler`
+SCENE_POWER, TARGET_POWER = 1.4, 0.7  # of `path.step_times`
 
 
 Origins = Sequence[tuple[int, int]] | None
@@ -83,12 +83,10 @@ def euler(
         noise: where to start.
         steps: 1 or more.
         check: called before every step; may raise to cancel.
-        power: step k begins at the time (k/steps)^power: equal steps at 1, above it shorter early
-            ones, below it shorter late ones.
+        power: of `path.step_times`.
     """
     x = noise
-    times = [(k / steps) ** power for k in range(steps + 1)]
-    for t, after in pairwise(times):
+    for t, after in pairwise(step_times(steps, power)):
         if check is not None:
             check()
         x = advance(estimate(x, t), x, t, after)

@@ -111,7 +111,7 @@ def test_noise_is_a_function_of_seed_purpose_and_position() -> None:
     assert not torch.equal(a, b)
 
 
-def test_noise_of_a_scene_has_one_mean_and_is_standard() -> None:
+def test_windows_of_a_scene_mostly_share_the_mean_of_their_noise() -> None:
     side = 8
     whole = scene_noise(5, 3, 300, 200, (0, 0), side)
     part = scene_noise(5, 3, 40, 50, (130, 70), side)
