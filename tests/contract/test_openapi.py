@@ -112,7 +112,9 @@ def test_the_client_says_what_is_known(client):
     winter = Conditions(date=dt.date(2024, 1, 15))
     made = client.generate({"sar": geotiff("sar")}, ["dem"], steps=2, conditions=winter)
     assert made.provenance.conditions == complete(winter, GRID)
-    with pytest.raises(RequestError, match="no layer to embed"):
+    made = client.embed({"sar": geotiff("sar")}, conditions=winter)
+    assert made.vector.conditions == complete(winter, GRID)
+    with pytest.raises(RequestError, match="one GeoTIFF or more"):
         client.embed({}, conditions=winter)
 
 
@@ -151,7 +153,7 @@ def test_an_answer_of_somebody_else_is_named():
         return httpx.Response(404 if "ready" in str(request.url) else 200, text="<html>hello")
 
     with Client("http://endpoint", transport=httpx.MockTransport(other)) as client:
-        asked = (lambda: client.generate({}), lambda: client.embed({}))
+        asked = (lambda: client.generate({}), lambda: client.embed({"sar": b""}))
         for ask in (client.ready, client.model, *asked):
             with pytest.raises(ServiceError, match="not as this endpoint does"):
                 ask()
