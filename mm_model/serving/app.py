@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -44,6 +45,7 @@ from mm_model.errors import (
     TooLargeError,
 )
 from mm_model.serving import metrics, openapi, page
+from mm_model.serving.access import Guard, Keys
 from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
@@ -57,8 +59,13 @@ _MAX_FIELD_BYTES = 64 * 1024
 _MAX_PARTS = 64
 
 
-def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
-    """The endpoint over a source of models, with the limits of the configuration."""
+def build_app(
+    source: ModelSource, config: ServeConfig, keys: Keys = MappingProxyType({})
+) -> FastAPI:
+    """The endpoint over a source of models, with the limits of the configuration.
+
+    Where there are keys, it answers nobody else; see `access`.
+    """
     endpoint = _Endpoint(source, config)
     app = FastAPI(
         lifespan=endpoint.lifespan,
@@ -98,6 +105,7 @@ def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
+    app.add_middleware(Guard, keys=keys)
     app.add_exception_handler(MMError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
