@@ -382,17 +382,12 @@ def _reproject(
             src_nodata=nodata,
             dst_transform=Affine(*target.transform),
             dst_crs=source_crs if same else _crs(target.crs),
-            dst_nodata=nodata,
             resampling=method,
-            init_dest_nodata=True,
             tolerance=0 if exact else 0.125,
         )
     except (CPLE_BaseError, RasterioError) as error:
-        raise GeoreferenceError(
-            "warping of an image",
-            got=f"{' '.join(str(error).split())[:200]} from {source.transform}",
-            allowed=f"a grid that can be warped onto {target.transform}",
-        ) from error
+        cause = " ".join(str(error).split())[:200]
+        raise GeoreferenceError("warping of an image", got=cause) from error
     return out
 
 

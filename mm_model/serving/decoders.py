@@ -288,7 +288,7 @@ class DecoderPool:
             MediaTypeError: it died of a file, or was killed since it took too long.
         """
         self.start()
-        worker = self._borrow()
+        worker, is_clean = self._borrow(), False
         try:
             worker.begin()
             with worker.at_most(self._wall_s):
@@ -303,12 +303,15 @@ class DecoderPool:
                 remedy="write them anew with gdal_translate -of GTiff -co TILED=YES",
             ) from None
         except MMError:
-            self._give_back(worker)  # it, or the check of what it said, refused the file
+            is_clean = True  # it, or the check of what it said, refused the file
             raise
-        except BaseException:
-            self._replace(worker)  # who knows what is still in its pipes
-            raise
-        self._give_back(worker)
+        else:
+            is_clean = True
+        finally:
+            if is_clean:
+                self._give_back(worker)
+            elif worker in self._living:
+                self._replace(worker)  # who knows what is still in its pipes
 
     def close(self) -> None:
         """Kill all; the pool may be used again."""

@@ -6,10 +6,12 @@ import logging
 import stat
 
 import pytest
+from ray.serve.config import HTTPOptions
 from serving_fixtures import ask, form, geotiff, make_source, refused, serve_config
 from typer.testing import CliRunner
 
 from mm_model import cli
+from mm_model.adapters import environment
 from mm_model.errors import ConfigError
 from mm_model.serving.access import (
     AUDIT,
@@ -191,3 +193,19 @@ def test_mm_key_new_writes_what_the_endpoint_reads(tmp_path):
     assert isinstance(again.exception, ConfigError)
     wrong = CliRunner().invoke(cli.app, ["key", "new", "x", "--scopes", "root"])
     assert isinstance(wrong.exception, ConfigError)
+
+
+def test_tls_files_are_both_there_or_neither(tmp_path, monkeypatch):
+    assert environment.endpoint_tls() == {}
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    monkeypatch.setenv("MM_ENDPOINT_TLS_CERT", str(certificate))
+    certificate.touch()
+    with pytest.raises(ConfigError, match="got nothing"):
+        environment.endpoint_tls()
+    monkeypatch.setenv("MM_ENDPOINT_TLS_KEY", str(key))
+    with pytest.raises(ConfigError, match=r"key\.pem"):
+        environment.endpoint_tls()
+    key.touch()
+    found = environment.endpoint_tls()
+    assert found == {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    assert set(found) <= set(HTTPOptions.model_fields)
