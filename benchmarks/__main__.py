@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import record
 
-NAMES = ("data", "stac", "train", "generate", "scene", "serve", "demo")
+NAMES = ("data", "stac", "train", "generate", "scene", "serve", "hostile", "demo")
 """`demo` last: it clones, installs and takes most of the time."""
 
 

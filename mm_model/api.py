@@ -47,6 +47,8 @@ STATUS: Mapping[type[MMError], int] = MappingProxyType(
         errors.StageError: 500,
         errors.RegistryError: 503,
         errors.ServiceError: 503,
+        errors.UnauthenticatedError: 401,
+        errors.ForbiddenError: 403,
         errors.RequestError: 422,
         errors.MediaTypeError: 415,
         errors.TooLargeError: 413,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,15 +84,23 @@ class Client:
     Args:
         url: its root, such as http://127.0.0.1:8000.
         timeout_s: longest wait for an answer; the endpoint has a deadline of its own.
+        api_key: where the endpoint asks for one; the variable MM_API_KEY by default.
         transport: for tests, an application in this process.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float = 150.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float = 150.0,
+        api_key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._url = url.rstrip("/")
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_S)
-        self._http = httpx.Client(timeout=timeout, transport=transport)
+        key = api_key or os.environ.get("MM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(timeout=timeout, transport=transport, headers=headers)
 
     def __enter__(self) -> Self:
         return self

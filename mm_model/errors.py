@@ -138,6 +138,18 @@ class GeoreferenceError(RequestError):
     code = "georeference"
 
 
+class UnauthenticatedError(MMError):
+    """The endpoint asks for an API key: send one that it knows."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(MMError):
+    """An API key is not for this: ask for one with the scope that is named."""
+
+    code = "forbidden"
+
+
 class NotReadyError(MMError):
     """No model is loaded yet: try again later."""
 

@@ -10,6 +10,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from mm_model.errors import ConfigError
+
 DEFAULT_PORTS = {
     "mlflow": 5000,
     "prefect": 4200,
@@ -60,6 +62,24 @@ def ray_address() -> str:
 def endpoint_host() -> str:
     """The address that the endpoint listens on: MM_ENDPOINT_HOST, or this machine alone."""
     return os.environ.get("MM_ENDPOINT_HOST", "127.0.0.1")
+
+
+def endpoint_tls() -> dict[str, str]:
+    """Ray Serve's options for MM_ENDPOINT_TLS_CERT and MM_ENDPOINT_TLS_KEY, PEM files; or none."""
+    files = {
+        "ssl_certfile": os.environ.get("MM_ENDPOINT_TLS_CERT", ""),
+        "ssl_keyfile": os.environ.get("MM_ENDPOINT_TLS_KEY", ""),
+    }
+    if not any(files.values()):
+        return {}
+    missing = [file or "nothing" for file in files.values() if not Path(file).is_file()]
+    if missing:
+        raise ConfigError(
+            "MM_ENDPOINT_TLS_CERT and MM_ENDPOINT_TLS_KEY",
+            got=", ".join(missing),
+            allowed="PEM files, both",
+        )
+    return files
 
 
 def endpoint_url() -> str:

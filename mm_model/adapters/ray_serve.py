@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ from mm_model.bundle import load_bundle
 from mm_model.config import ServeConfig, load_params, parse
 from mm_model.errors import MMError, ServiceError
 from mm_model.geo.grid import Grid
+from mm_model.serving.access import AUDIT, check_exposure, configured_keys, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
 
@@ -43,8 +45,11 @@ _WATCH_S = 5.0
 class Endpoint:
     """A replica: the HTTP interface over the champion of one registered model."""
 
-    def __init__(self, config: dict[str, Any], model: str) -> None:
+    def __init__(self, config: dict[str, Any], model: str, keys: str = "") -> None:
         environment.enter()
+        self._keys = parse_keys(keys, "API keys")
+        AUDIT.setLevel(logging.INFO)
+        AUDIT.addHandler(logging.StreamHandler())  # into the replica's log
         self._config = parse(ServeConfig, config, "serve configuration")
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self._config.replicas))
@@ -54,7 +59,7 @@ class Endpoint:
         self._champion.start(self._config.alias_poll_s)
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
-        return build_app(self._champion, self._config)
+        return build_app(self._champion, self._config, self._keys)
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose health check raises."""
@@ -85,7 +90,13 @@ def _probe(generator: Generator) -> None:
 
 
 def application(config: ServeConfig, model: str) -> serve.Application:
-    """The Serve application of a registered model."""
+    """The Serve application of a registered model.
+
+    Raises:
+        ConfigError: it would listen to others without an API key.
+    """
+    keys = configured_keys(os.environ)
+    check_exposure(environment.endpoint_host(), parse_keys(keys, "API keys"))
     deployment = serve.deployment(
         Endpoint,
         name="endpoint",
@@ -104,7 +115,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,  # the new replica is ready before the old one stops
     )
-    return deployment.bind(config.model_dump(mode="json"), model)
+    return deployment.bind(config.model_dump(mode="json"), model, keys)
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
@@ -164,11 +175,16 @@ def serve_forever(config: ServeConfig, model: str) -> None:
 
 
 def _deploy(config: ServeConfig, model: str) -> None:
-    record = {"code": _code_digest(), "serve": config.model_dump(mode="json")}
+    keys = hashlib.sha256(configured_keys(os.environ).encode()).hexdigest()
+    record = {"code": _code_digest(), "serve": config.model_dump(mode="json"), "keys": keys}
     file = _record_file(model)
     if _statuses().get(model) in ("RUNNING", "DEPLOYING") and _read(file) == record:
         return
-    options = {"host": environment.endpoint_host(), "port": environment.port("endpoint")}
+    options = {
+        "host": environment.endpoint_host(),
+        "port": environment.port("endpoint"),
+        **environment.endpoint_tls(),
+    }
     try:
         serve.start(http_options=options)
         for former, former_config in _recorded().items():

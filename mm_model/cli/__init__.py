@@ -136,6 +136,26 @@ def serve(pipeline: PipelineOption = HERE) -> None:
     ray_serve.serve_forever(params.serve, params.register_.model)
 
 
+key_app = typer.Typer(no_args_is_help=True, help="API keys of the endpoint.")
+app.add_typer(key_app, name="key", rich_help_panel=SERVICES)
+
+
+@key_app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Who holds it; stands in the audit log.")],
+    scopes: Annotated[
+        str, typer.Option(help="What it is for, by commas: generate, embed, metrics.")
+    ] = "generate,embed",
+    file: Annotated[
+        Path | None, typer.Option(help="Append it to this file, to be named MM_API_KEYS_FILE.")
+    ] = None,
+) -> None:
+    """Make an API key: it is shown once, and only its hash is kept."""
+    from mm_model.cli.key import make
+
+    make(name, scopes, file)
+
+
 @app.command(rich_help_panel=SERVICES)
 def demo(pipeline: PipelineOption = HERE) -> None:
     """Start everything, run the release flow, ask the endpoint, and draw what it answers."""

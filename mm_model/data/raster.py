@@ -373,19 +373,21 @@ def _reproject(
     same = same_crs(source.crs, target.crs)
     # Without reference system, both grids lie on one plane: any projected one will do.
     source_crs = _crs(source.crs or "EPSG:3857")
-    reproject(
-        values,
-        out,
-        src_transform=Affine(*source.transform),
-        src_crs=source_crs,
-        src_nodata=nodata,
-        dst_transform=Affine(*target.transform),
-        dst_crs=source_crs if same else _crs(target.crs),
-        dst_nodata=nodata,
-        resampling=method,
-        init_dest_nodata=True,
-        tolerance=0 if exact else 0.125,
-    )
+    try:
+        reproject(
+            values,
+            out,
+            src_transform=Affine(*source.transform),
+            src_crs=source_crs,
+            src_nodata=nodata,
+            dst_transform=Affine(*target.transform),
+            dst_crs=source_crs if same else _crs(target.crs),
+            resampling=method,
+            tolerance=0 if exact else 0.125,
+        )
+    except (CPLE_BaseError, RasterioError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise GeoreferenceError("warping of an image", got=cause) from error
     return out
 
 
@@ -393,12 +395,12 @@ def transform_xy(
     source: str, target: str, xs: Sequence[float], ys: Sequence[float]
 ) -> tuple[list[float], list[float]]:
     """Points of one reference system in another; raises GeoreferenceError where it has none."""
-    if same_crs(source, target):
-        return list(xs), list(ys)
+    found = list(xs), list(ys)
     try:
-        found = transform_points(_crs(source), _crs(target), list(xs), list(ys))
+        if not same_crs(source, target):
+            found = transform_points(_crs(source), _crs(target), *found)
     except CPLE_BaseError:
-        found = [[math.nan], [math.nan]]
+        found = [math.nan], [math.nan]
     if not np.isfinite(found).all():
         raise GeoreferenceError(
             "position of an image",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -43,8 +45,10 @@ from mm_model.errors import (
     TooLargeError,
 )
 from mm_model.serving import metrics, openapi, page
+from mm_model.serving.access import Guard, Keys
 from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
+from mm_model.serving.decoders import DecoderPool, shared_pool
 from mm_model.serving.requests import Aligned, Prepared
 from mm_model.serving.uploads import Part, read_embed_request, read_request
 
@@ -55,16 +59,22 @@ _MAX_FIELD_BYTES = 64 * 1024
 _MAX_PARTS = 64
 
 
-def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
-    """The endpoint over a source of models, with the limits of the configuration."""
+def build_app(
+    source: ModelSource, config: ServeConfig, keys: Keys = MappingProxyType({})
+) -> FastAPI:
+    """The endpoint over a source of models, with the limits of the configuration.
+
+    Where there are keys, it answers nobody else; see `access`.
+    """
+    endpoint = _Endpoint(source, config)
     app = FastAPI(
+        lifespan=endpoint.lifespan,
         title="mm-model",
         version=mm_model.__version__,
         description=openapi.DESCRIPTION,
         docs_url=None,  # FastAPI's page loads its scripts from elsewhere
         redoc_url=None,
     )
-    endpoint = _Endpoint(source, config)
     not_ready = openapi.problems(503)
     app.post("/v1/generate", response_class=Response, **openapi.generate_operation(config))(
         endpoint.generate
@@ -95,6 +105,7 @@ def build_app(source: ModelSource, config: ServeConfig) -> FastAPI:
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
+    app.add_middleware(Guard, keys=keys)
     app.add_exception_handler(MMError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -106,6 +117,7 @@ class _Endpoint:
 
     def __init__(self, source: ModelSource, config: ServeConfig) -> None:
         self._source = source
+        self._decoders = shared_pool(config.max_side_px)
         self._metrics = metrics.Metrics()
         self._batcher = Batcher(
             config.max_batch, config.batch_wait_ms / 1000, self._metrics.batch_size.observe
@@ -118,6 +130,15 @@ class _Endpoint:
             max_body_bytes=max_body_bytes(config.max_side_px),
             deadline_s=config.deadline_s,
         )
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Decoders are warm before the first request."""
+        self._decoders.start()
+        try:
+            yield
+        finally:
+            self._decoders.close()
 
     async def generate(self, request: Request) -> Response:
         return await self._count("generate", request, self._generate)
@@ -171,7 +192,7 @@ class _Endpoint:
 
     async def _generate(self, request: Request, served: Served) -> Response:
         parts = await _read_parts(request, self._limits.max_body_bytes)
-        prepared = await asyncio.to_thread(_prepare, parts, served)
+        prepared = await asyncio.to_thread(_prepare, parts, served, self._decoders)
         del parts
         result = await self._batcher.submit(served.generator.sample, prepared)
         provenance = Provenance(
@@ -192,7 +213,7 @@ class _Endpoint:
 
     async def _embed(self, request: Request, served: Served) -> Response:
         parts = await _read_parts(request, self._limits.max_body_bytes)
-        prepared = await asyncio.to_thread(_prepare_embedding, parts, served)
+        prepared = await asyncio.to_thread(_prepare_embedding, parts, served, self._decoders)
         del parts
         embedding = await self._batcher.submit(served.generator.scenes, prepared)
         origin = SceneOrigin(
@@ -236,12 +257,16 @@ class _Endpoint:
         return served
 
 
-def _prepare(parts: list[Part], served: Served) -> Prepared:
-    return served.generator.prepare(read_request(parts, served.generator))
+def _prepare(parts: list[Part], served: Served, pool: DecoderPool) -> Prepared:
+    with pool.decoder() as decoder:
+        request = read_request(parts, served.generator, decoder)
+    return served.generator.prepare(request)
 
 
-def _prepare_embedding(parts: list[Part], served: Served) -> Aligned:
-    return served.generator.prepare_embedding(read_embed_request(parts, served.generator))
+def _prepare_embedding(parts: list[Part], served: Served, pool: DecoderPool) -> Aligned:
+    with pool.decoder() as decoder:
+        request = read_embed_request(parts, served.generator, decoder)
+    return served.generator.prepare_embedding(request)
 
 
 def _origin(served: Served, prepared: Aligned) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mm_model.serving.layers import (
     ObservedLayer,
     check_layer,
     check_overlap,
+    check_position,
     onto,
     reference_grid,
 )
@@ -262,6 +263,7 @@ class Generator:
                 allowed=f"at least {MIN_SIDE_PX} a side",
                 remedy="send a larger piece",
             )
+        check_position(grid)
 
     def _targets(self, observed: Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
         """The wanted modalities, in the model's order."""

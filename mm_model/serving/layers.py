@@ -17,6 +17,7 @@ from mm_model.modalities import Modality, Quantity
 # A median says something about the unit only where enough pixels stand behind it.
 _MEDIAN_NEEDS_PIXELS = 256
 _LATTICE = 17  # points a side
+_COUNTABLE_PX = 2**53  # float64 knows no odd numbers beyond
 _EARTH_RADIUS_M = 6_371_000.0
 
 
@@ -49,7 +50,8 @@ def in_units(
     values, valid = found.values, found.valid
     scales, offsets = np.array(found.scales), np.array(found.offsets)
     if (scales != 1).any() or (offsets != 0).any():
-        values = values * scales[:, None, None] + offsets[:, None, None]
+        with np.errstate(over="ignore", invalid="ignore"):  # `check_values` refuses what comes out
+            values = values * scales[:, None, None] + offsets[:, None, None]
     if modality.is_categorical:
         valid = valid & (values != modality.nodata).all(axis=0)
     return values, valid
@@ -155,10 +157,24 @@ def reference_grid(grids: Mapping[str, Grid]) -> Grid:
                 allowed="a CRS in each layer, or one grid for all",
                 remedy="write the CRS into the file, as gdal_edit -a_srs does",
             )
+    for name, grid in grids.items():
+        _check_size(name, grid)
     sizes = [(_metres_per_pixel(grid), grid) for grid in grids.values()]
     finest = min(size for size, _ in sizes)
     # Two zones of one projection differ by less than this in what "10 m" is on the ground.
     return next(grid for size, grid in sizes if size <= 1.01 * finest)
+
+
+def _check_size(name: str, grid: Grid) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        size_m = _metres_per_pixel(grid)
+    if not 0 < size_m < np.inf:
+        raise GeoreferenceError(
+            f"layer {name}: metres a pixel",
+            got=f"{size_m:g} by transform {grid.transform}",
+            allowed="pixels that lie on the Earth and have a size",
+            remedy="correct it with gdal_edit -a_ullr",
+        )
 
 
 def _metres_per_pixel(grid: Grid) -> float:
@@ -169,6 +185,25 @@ def _metres_per_pixel(grid: Grid) -> float:
     (right_x, right_y), (down_x, down_y) = lonlat[1:] - lonlat[0]
     area = abs(right_x * down_y - right_y * down_x) * np.cos(lonlat[0, 1])
     return float(_EARTH_RADIUS_M * np.sqrt(area))
+
+
+def check_position(grid: Grid) -> None:
+    """Refuse a grid whose pixels cannot be counted from the origin of its reference system.
+
+    Raises:
+        GeoreferenceError: a pixel is so small, or so far away, that its number is not exact.
+    """
+    try:
+        farthest = max(abs(n) for n in grid.position)
+    except (OverflowError, ValueError):  # infinite, or 0 by infinity
+        farthest = _COUNTABLE_PX
+    if farthest >= _COUNTABLE_PX:
+        raise GeoreferenceError(
+            "affine transform",
+            got=grid.transform,
+            allowed="pixels that lie less than 2^53 pixels from the origin of the system",
+            remedy="correct it with gdal_edit -a_ullr",
+        )
 
 
 def onto(

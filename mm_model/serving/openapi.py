@@ -85,6 +85,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers of these statuses."""
     meaning = {
         400: "The form is malformed",
+        401: "The endpoint asks for an API key, and there is none that it knows",
+        403: "The API key has another scope",
         413: "An upload, an image side or the body is over its limit",
         415: "The body is no form, or a part is no whole GeoTIFF",
         422: "A field, a layer or its unit is wrong, or layers do not overlap",
@@ -104,7 +106,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _responses(found: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: found, **problems(400, 413, 415, 422, 429, 503, 504)}
+    return {200: found, **problems(400, 401, 403, 413, 415, 422, 429, 503, 504)}
 
 
 def _request_body(config: ServeConfig, fields: Mapping[str, str]) -> dict[str, Any]:

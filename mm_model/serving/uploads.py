@@ -23,6 +23,7 @@ from mm_model.errors import (
 )
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
+from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
 from mm_model.serving.layers import ObservedLayer, bands_of, in_units
 
@@ -63,7 +64,7 @@ class Part:
     content: str | bytes
 
 
-def read_request(parts: Sequence[Part], generator: Generator) -> Request:
+def read_request(parts: Sequence[Part], generator: Generator, decoder: Decoder) -> Request:
     """The request to generate that a form makes.
 
     Whatever form and headers tell is decided before a pixel is decoded.
@@ -81,30 +82,34 @@ def read_request(parts: Sequence[Part], generator: Generator) -> Request:
     grid = _grid(texts)
     conditions = parse_conditions(texts)
     generator.check_form(tuple(files), targets, grid, **numbers)
-    observed = _read_layers(files, generator)
+    observed = _read_layers(files, generator, decoder)
     return Request(observed, targets, grid=grid, conditions=conditions, **numbers)
 
 
-def read_embed_request(parts: Sequence[Part], generator: Generator) -> EmbedRequest:
+def read_embed_request(
+    parts: Sequence[Part], generator: Generator, decoder: Decoder
+) -> EmbedRequest:
     """The request to embed that a form makes; decides and raises as `read_request` does."""
     texts, files = _sort_out(parts, CONDITION_FIELDS, generator)
     conditions = parse_conditions(texts)
     generator.check_observed(tuple(files))
-    return EmbedRequest(_read_layers(files, generator), conditions)
+    return EmbedRequest(_read_layers(files, generator, decoder), conditions)
 
 
-def _read_layers(files: Mapping[str, bytes], generator: Generator) -> dict[str, ObservedLayer]:
+def _read_layers(
+    files: Mapping[str, bytes], generator: Generator, decoder: Decoder
+) -> dict[str, ObservedLayer]:
     """The files' layers; all headers are checked before the first pixel is decoded."""
     modalities = {name: generator.modality(name) for name in files}
-    headers = {n: read_header(files[n], m, generator) for n, m in modalities.items()}
+    headers = {n: read_header(files[n], m, generator, decoder) for n, m in modalities.items()}
     if headers:
         # The model's order, as the generator takes them.
         generator.check_grids({n: headers[n].grid for n in generator.modalities if n in headers})
-    return {n: _decode(files[n], headers[n], m) for n, m in modalities.items()}
+    return {n: _decode(files[n], headers[n], m, decoder) for n, m in modalities.items()}
 
 
 def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
-    """Decode a GeoTIFF of a modality, once its header says that it can be one.
+    """Decode one's own GeoTIFF of a modality, once its header says that it can be one.
 
     Bands go by their names if the file names them as the modality does, beside whatever else it
     holds, else by their order. A declared scale and offset are applied.
@@ -114,10 +119,13 @@ def read_layer(content: bytes, modality: Modality, generator: Generator) -> Obse
         TooLargeError: it declares more pixels than are allowed.
         LayerError: it has other bands or another type of pixels.
     """
-    return _decode(content, read_header(content, modality, generator), modality)
+    own = InProcess()
+    return _decode(content, read_header(content, modality, generator, own), modality, own)
 
 
-def read_header(content: bytes, modality: Modality, generator: Generator) -> raster.RasterHeader:
+def read_header(
+    content: bytes, modality: Modality, generator: Generator, decoder: Decoder
+) -> raster.RasterHeader:
     """The header of a modality's GeoTIFF, checked; raises what `read_layer` does."""
     part = f"part {modality.name}"
     if not content.startswith(_SIGNATURES):
@@ -128,15 +136,17 @@ def read_header(content: bytes, modality: Modality, generator: Generator) -> ras
             remedy="convert it with gdal_translate -of GTiff",
         )
     with _whole_file():
-        header = raster.read_header(content, part)
+        header = decoder.header(content, part)
     check_header(header, modality, part, generator)
     return header
 
 
-def _decode(content: bytes, header: raster.RasterHeader, modality: Modality) -> ObservedLayer:
+def _decode(
+    content: bytes, header: raster.RasterHeader, modality: Modality, decoder: Decoder
+) -> ObservedLayer:
     bands = bands_of(header, modality)
     with _whole_file():
-        found = raster.read_raster(content, f"part {modality.name}", bands=bands)
+        found = decoder.pixels(content, f"part {modality.name}", header, bands)
     return ObservedLayer(*in_units(found, modality), header.grid)
 
 
@@ -169,7 +179,7 @@ def check_header(
             remedy="select them with gdal_translate -b",
         )
     kinds = "iu" if modality.is_categorical else "iuf"
-    if np.dtype(header.dtype).kind not in kinds:
+    if _kind(header.dtype) not in kinds:
         raise LayerError(
             f"{part}: pixel type",
             got=header.dtype,
@@ -185,6 +195,14 @@ def check_header(
             allowed=max(4 * generator.max_side_px, 4096),
             remedy="write it anew with blocks of 256 pixels",
         )
+
+
+def _kind(dtype: str) -> str:
+    """NumPy's letter for a type; GDAL knows some (complex_int16) that NumPy does not."""
+    try:
+        return np.dtype(dtype).kind
+    except TypeError:
+        return "c"
 
 
 def _sort_out(

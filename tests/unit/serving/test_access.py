@@ -1,0 +1,211 @@
+"""Who may ask the endpoint, what it says to browsers, and what it writes down."""
+
+import asyncio
+import json
+import logging
+import stat
+
+import pytest
+from ray.serve.config import HTTPOptions
+from serving_fixtures import ask, form, geotiff, make_source, refused, serve_config
+from typer.testing import CliRunner
+
+from mm_model import cli
+from mm_model.adapters import environment
+from mm_model.errors import ConfigError
+from mm_model.serving.access import (
+    AUDIT,
+    KeyScope,
+    check_exposure,
+    configured_keys,
+    new_key,
+    parse_keys,
+)
+from mm_model.serving.app import build_app
+
+GENERATE, GENERATE_LINE = new_key("field-team", frozenset({KeyScope.GENERATE}))
+METRICS, METRICS_LINE = new_key("prometheus", frozenset({KeyScope.METRICS}))
+KEYS = parse_keys(f"# ours\n{GENERATE_LINE}\n\n{METRICS_LINE}  # scrapes\n", "here")
+OPEN = {"/healthz", "/readyz"}
+PATHS = ["/v1/model", "/v1/modalities", "/metrics", "/docs", "/openapi.json", "/nothing", *OPEN]
+
+
+@pytest.fixture(scope="module")
+def source():
+    return make_source(max_side_px=64)
+
+
+@pytest.fixture(scope="module")
+def app(source):
+    return build_app(source, serve_config(max_side_px=64), KEYS)
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def get(app, path, headers=None):
+    (answer,) = ask(app, ("GET", path, {"headers": headers or {}}))
+    return answer
+
+
+def generate(app, key=None, path="/v1/generate"):
+    fields = {"target": "dem", "steps": 1} if path.endswith("generate") else {}
+    headers = bearer(key) if key else {}
+    (answer,) = ask(app, form({"sar": geotiff("sar")}, headers, path, **fields))
+    return answer
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "headers",
+    [{}, bearer("mm_guessed"), bearer(""), bearer(GENERATE_LINE.split()[-1]),
+     {"Authorization": f"Basic {GENERATE}"}, {"X-Api-Key": GENERATE}],
+)  # fmt: skip
+def test_without_a_key_only_health_is_told(app, path, headers):
+    answer = get(app, path, headers)
+    if path in OPEN:
+        assert answer.status_code == 200
+    else:
+        refused(answer, 401, "unauthenticated")
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_opens_what_its_scopes_say(app):
+    assert generate(app, GENERATE).status_code == 200
+    refused(generate(app, GENERATE, "/v1/embed"), 403, "forbidden")
+    refused(get(app, "/metrics", bearer(GENERATE)), 403, "forbidden")
+    assert get(app, "/metrics", bearer(METRICS)).status_code == 200
+    assert "generate" in refused(generate(app, METRICS), 403, "forbidden").allowed
+    for key in (GENERATE, METRICS):
+        assert get(app, "/v1/model", bearer(key)).status_code == 200
+
+
+def test_without_keys_anybody_is_answered(source):
+    app = build_app(source, serve_config(max_side_px=64))
+    assert generate(app).status_code == 200
+    assert get(app, "/metrics").status_code == 200
+
+
+def test_a_body_is_not_read_before_the_key(app):
+    async def never():
+        raise AssertionError("the body was read")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": []}
+    asyncio.run(app({**scope, "query_string": b"", "app": app}, never, send))
+    assert sent[0]["status"] == 401
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_answer_has_security_headers(app, path):
+    for headers in ({}, bearer(METRICS)):
+        answer = get(app, path, headers)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+
+
+def test_the_audit_log_has_no_contents(app, caplog):
+    caplog.set_level(logging.INFO, AUDIT.name)
+    answer = generate(app, GENERATE)
+    get(app, "/secret-of-the-caller?token=hidden", bearer("mm_wrong"))
+    first, second = (r.getMessage() for r in caplog.records if r.name == AUDIT.name)
+    line = json.loads(first)
+    assert line.pop("seconds") > 0
+    assert line.pop("received_bytes") > len(geotiff("sar"))
+    assert line == {
+        "client": "127.0.0.1", "key": "field-team", "method": "POST", "path": "/v1/generate",
+        "status": 200, "sent_bytes": len(answer.content),
+    }  # fmt: skip
+    assert json.loads(second)["status"] == 401
+    assert json.loads(second)["key"] is None
+    for text in ("secret-of", "hidden", "mm_wrong", GENERATE):
+        assert text not in first + second
+
+
+def test_keys_are_long_random_and_kept_as_hashes():
+    keys = {new_key("n", frozenset(KeyScope))[0] for _ in range(50)}
+    assert len(keys) == 50
+    assert min(map(len, keys)) >= 43
+    assert GENERATE not in GENERATE_LINE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["field-team", f"a generate {GENERATE}", "a admin " + "0" * 64, "a generate " + "0" * 63,
+     f"{GENERATE_LINE};{GENERATE_LINE}", f"{GENERATE_LINE}\nfield-team embed {'1' * 64}"],
+)  # fmt: skip
+def test_lines_that_are_no_keys_are_refused_without_repeating_them(text):
+    with pytest.raises(ConfigError) as refusal:
+        parse_keys(text, "there")
+    assert GENERATE not in str(refusal.value)
+
+
+def test_keys_come_from_the_environment_or_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(GENERATE_LINE)
+    assert configured_keys({}) == ""
+    both = {"MM_API_KEYS": f"{GENERATE_LINE};{METRICS_LINE}"}
+    assert parse_keys(configured_keys(both), "") == KEYS
+    assert len(parse_keys(configured_keys({"MM_API_KEYS_FILE": str(file)}), "")) == 1
+    file.write_text("# none\n")
+    for wrong in (
+        {"MM_API_KEYS_FILE": str(file)},
+        {"MM_API_KEYS_FILE": str(tmp_path / "absent")},
+        {"MM_API_KEYS_FILE": str(file), "MM_API_KEYS": GENERATE_LINE},
+    ):
+        with pytest.raises(ConfigError):
+            configured_keys(wrong)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
+def test_on_this_machine_alone_no_key_is_needed(host):
+    check_exposure(host, {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "endpoint.example", ""])
+def test_elsewhere_a_key_is_needed(host):
+    check_exposure(host, KEYS)
+    with pytest.raises(ConfigError, match="mm key new"):
+        check_exposure(host, {})
+
+
+def test_mm_key_new_writes_what_the_endpoint_reads(tmp_path):
+    file = tmp_path / "keys"
+    for name, scopes in (("one", "generate"), ("two", "embed,metrics")):
+        done = CliRunner().invoke(
+            cli.app, ["key", "new", name, "--scopes", scopes, "--file", str(file)]
+        )
+        assert done.exit_code == 0, done.output
+        key = done.output.split()[-1]
+        assert key.startswith("mm_")
+        assert key not in file.read_text()
+    keys = parse_keys(configured_keys({"MM_API_KEYS_FILE": str(file)}), "")
+    assert [key.name for key in keys.values()] == ["one", "two"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    again = CliRunner().invoke(cli.app, ["key", "new", "one", "--file", str(file)])
+    assert isinstance(again.exception, ConfigError)
+    wrong = CliRunner().invoke(cli.app, ["key", "new", "x", "--scopes", "root"])
+    assert isinstance(wrong.exception, ConfigError)
+
+
+def test_tls_files_are_both_there_or_neither(tmp_path, monkeypatch):
+    assert environment.endpoint_tls() == {}
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    monkeypatch.setenv("MM_ENDPOINT_TLS_CERT", str(certificate))
+    certificate.touch()
+    with pytest.raises(ConfigError, match="got nothing"):
+        environment.endpoint_tls()
+    monkeypatch.setenv("MM_ENDPOINT_TLS_KEY", str(key))
+    with pytest.raises(ConfigError, match=r"key\.pem"):
+        environment.endpoint_tls()
+    key.touch()
+    found = environment.endpoint_tls()
+    assert found == {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    assert set(found) <= set(HTTPOptions.model_fields)
