@@ -96,6 +96,7 @@ def prepare(
             next start.
         DataError: the source has no patch, or units failed in several ways.
     """
+    out = out.absolute()  # for workers elsewhere
     units = source.units()
     settings = [_code_digest(), [m.to_dict() for m in modalities], min_valid_fraction]
     settings.append(alignment.model_dump() if alignment else None)
