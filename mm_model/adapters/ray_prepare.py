@@ -25,14 +25,15 @@ def by_workers(workers: int) -> Run:
     def run(make: Make, works: Sequence[Work]) -> Iterator[tuple[Work, MMError | None]]:
         if works:
             with cluster(workers):
-                yield from _on_ray(make, works, min(workers, len(works)))
+                yield from on_ray(make, works, min(workers, len(works)))
 
     return run if workers else in_this_process
 
 
-def _on_ray(
+def on_ray(
     make: Make, works: Sequence[Work], workers: int
 ) -> Iterator[tuple[Work, MMError | None]]:
+    """Parts by so many workers of the Ray that this process is connected to, as they are done."""
     import ray
     from ray.exceptions import RayActorError
 
