@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.pyramid import Pyramid
 from mm_model.data.sources.stac.source import StacSource
 from mm_model.data.sources.synthetic import SyntheticSource
-from mm_model.data.store import PatchStore, ShardWriter, StoredLayer
+from mm_model.data.store import ShardWriter, StoredLayer, read_stored
 from mm_model.errors import DataError, MMError
 from mm_model.modalities import Modality
 
@@ -117,13 +117,13 @@ def prepare(
     parts.mkdir(parents=True, exist_ok=True)
     for rest in parts.glob("*.partial"):
         rest.unlink(missing_ok=True)
-    kept = done.get("units", {})
+    had = _had(out, keys)
     works = [Work(unit, parts / key) for unit, key in zip(units, keys, strict=True)]
-    missing = [w for w in works if w.path.name not in kept and not w.path.is_file()]
+    missing = [w for w in works if w.path.name not in had and not w.path.is_file()]
     make = PartMaker(source, tuple(modalities), min_valid_fraction, alignment)
     _make_all(make, missing, run, total=len(works))
     shutil.rmtree(joined, ignore_errors=True)
-    counts = _join(keys, parts, out, kept, joined, modalities, shard_patches)
+    counts = _join(keys, parts, out, had, joined, modalities, shard_patches)
     if not sum(counts.values()):
         shutil.rmtree(joined)
         raise DataError(
@@ -163,29 +163,48 @@ def _join(
     keys: Sequence[str],
     parts: Path,
     old: Path,
-    kept: Mapping[str, int],
+    had: Mapping[str, int],
     joined: Path,
     modalities: Sequence[Modality],
     shard_patches: int,
 ) -> dict[str, int]:
     """All units as one store, in this order; the number of patches of each."""
-    starts = dict(zip(kept, accumulate(kept.values(), initial=0), strict=False))
-    store = PatchStore(old) if starts.keys() & set(keys) else None
     by_name = {m.name: m for m in modalities}
+    taken = _taken_over(old, had, keys)
     counts = {}
     with ShardWriter(joined, modalities, shard_patches) as writer:
         for key in keys:
             counts[key] = 0
-            patches: Iterator[tuple[str, dict[str, StoredLayer]]]
-            if store is not None and key in starts:
-                at = range(starts[key], starts[key] + kept[key])
-                patches = ((store.patch_ids[i], store.stored(i)) for i in at)
-            else:
-                patches = read_part(parts / key, by_name)
+            patches = next(taken) if key in had else read_part(parts / key, by_name)
             for patch_id, layers in patches:
                 writer.append(patch_id, layers)
                 counts[key] += 1
     return counts
+
+
+def _taken_over(
+    store: Path, had: Mapping[str, int], keys: Sequence[str]
+) -> Iterator[Iterator[tuple[str, dict[str, StoredLayer]]]]:
+    """The patches of each unit of a store that is wanted again."""
+    wanted = set(keys)
+    if had:
+        patches = read_stored(store)
+        for key, count in had.items():
+            unit = islice(patches, count)
+            if key in wanted:
+                yield unit
+            for _ in unit:  # passed over
+                pass
+
+
+def _had(store: Path, keys: Sequence[str]) -> dict[str, int]:
+    """The units of a store and the number of patches of each; none if none can be taken over."""
+    had: dict[str, int] = _done(store).get("units", {})
+    wanted = set(keys)
+    # Both are read from front to back. A source that sorts as it should has no other order.
+    if [key for key in had if key in wanted] != [key for key in keys if key in had]:
+        return {}
+    return had if had.keys() & wanted else {}
 
 
 def _done(store: Path) -> dict[str, Any]:

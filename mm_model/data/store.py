@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ INDEX = "index.parquet"
 _BATCH_BYTES = 8 << 20
 # Of the index, held while writing: memory must not grow with the number of patches.
 _GROUP_ROWS = 1 << 13
+_PIECE_ROWS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -134,26 +136,13 @@ class PatchStore:
             layers,
         )
 
-    def stored(self, position: int) -> dict[str, StoredLayer]:
-        """A patch's layers by modality, as another store takes them without measuring again."""
-        described = self.described(position)
-        return {
-            name: StoredLayer(*self._pixels(row["shard"], row["row"]), row)
-            for name, row in described.items()
-        }
-
-    def _pixels(self, shard: str, row: int) -> tuple[NDArray[np.generic], bytes | None]:
-        batches = self._shards.get(shard)
-        if batches is None:
-            batches = self._shards[shard] = _open_shard(self.path / shard)
-        values, packed = batches[row // len(batches[0][1])]
-        at = row % len(batches[0][1])
-        return values[at], packed[at].as_py()
-
     def _layer(
         self, shard: str, row: int, acquired_at: str | None, native_gsd_m: float | None
     ) -> Layer:
-        values, bits = self._pixels(shard, row)
+        batches = self._shards.get(shard)
+        if batches is None:
+            batches = self._shards[shard] = _open_shard(self.path / shard)
+        values, bits = _pixels(batches, row)
         shape = values.shape[1:]
         if bits is None:
             valid = np.ones(shape, dtype=np.bool_)
@@ -161,6 +150,34 @@ class PatchStore:
             flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0] * shape[1])
             valid = flat.view(np.bool_).reshape(shape)
         return Layer(values, valid, acquired_at, native_gsd_m)
+
+
+def read_stored(path: Path) -> Iterator[tuple[str, dict[str, StoredLayer]]]:
+    """Id and layers of every patch, in order, holding a piece of the index and a shard a modality.
+
+    `PatchStore` knows the whole index; this needs no more memory for a store of a million patches.
+    """
+    shards: dict[str, tuple[str, list[tuple[NDArray[np.generic], pa.Array]]]] = {}
+
+    def stored(row: dict[str, Any]) -> StoredLayer:
+        name, batches = shards.get(row["modality"], ("", []))
+        if name != row["shard"]:
+            batches = _open_shard(path / row["shard"])
+            shards[row["modality"]] = row["shard"], batches
+        return StoredLayer(*_pixels(batches, row["row"]), row)
+
+    try:
+        with pq.ParquetFile(path / INDEX) as index:
+            pieces = index.iter_batches(_PIECE_ROWS, columns=list(_COLUMNS))
+            rows = (row for piece in pieces for row in piece.to_pylist())
+            for patch_id, layers in groupby(rows, key=lambda row: row["patch_id"]):
+                yield patch_id, {row["modality"]: stored(row) for row in layers}
+    except (OSError, pa.ArrowInvalid, DataError) as error:
+        raise DataError(
+            f"{path} is damaged, and nothing can be taken over from it",
+            got=str(error).splitlines()[0],
+            remedy="remove it, and run the stage prepare again",
+        ) from error
 
 
 class ShardWriter:
@@ -427,3 +444,12 @@ def _open_shard(path: Path) -> list[tuple[NDArray[np.generic], pa.Array]]:
         raise DataError(
             f"shard {path} cannot be read", got=error, remedy="run the stage prepare again"
         ) from error
+
+
+def _pixels(
+    batches: list[tuple[NDArray[np.generic], pa.Array]], row: int
+) -> tuple[NDArray[np.generic], bytes | None]:
+    """Values [bands, H, W] and packed mask of a row of a shard."""
+    values, packed = batches[row // len(batches[0][1])]
+    at = row % len(batches[0][1])
+    return values[at], packed[at].as_py()

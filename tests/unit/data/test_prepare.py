@@ -225,3 +225,13 @@ def test_an_exchange_of_stores_that_was_cut_off_is_taken_up(tmp_path):
     prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
     assert hashes(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["patches"]
+
+
+def test_a_damaged_store_is_not_taken_over(tmp_path):
+    out = tmp_path / "patches"
+    prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
+    next(out.glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"patches is damaged.*remove it"):
+        prepare(PlacesSource(5, PAIR), out, PAIR, **OPTIONS)
+    shutil.rmtree(out)
+    assert prepare(PlacesSource(5, PAIR), out, PAIR, **OPTIONS) == 15
