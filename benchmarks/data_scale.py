@@ -130,18 +130,21 @@ def _by_workers(chosen: Params, folder: Path) -> dict[str, float]:
     megabytes = gdal() / 1e6
     bare_s = time.perf_counter() - began
     figures = {"gdal_mb_per_s": megabytes / bare_s}
-    seconds, count = ours(in_this_process, None)
+    seconds, _ = ours(in_this_process, None)
     figures["no_alignment_time_over_gdal_ratio"] = seconds / bare_s
-    for workers in (0, 1, 2):
-        if workers:
-            with setting.temporary_project(), cluster(workers):
-                seconds, count = ours(_on(workers), alignment)
-        else:
-            seconds, count = ours(in_this_process, alignment)
+
+    def note(workers: int, seconds: float, count: int) -> None:
         figures[f"workers_{workers}_seconds"] = seconds
         figures[f"workers_{workers}_mb_per_s"] = megabytes / seconds
         figures[f"workers_{workers}_patches_per_s"] = count / seconds
         figures[f"workers_{workers}_time_over_gdal_ratio"] = seconds / bare_s
+
+    note(0, *ours(in_this_process, alignment))
+    # One project for both: Ray reads its token once in a process.
+    with setting.temporary_project():
+        for workers in (1, 2):
+            with cluster(workers):
+                note(workers, *ours(_on(workers), alignment))
     figures["workers_2_over_1_speedup"] = (
         figures["workers_1_seconds"] / figures["workers_2_seconds"]
     )
