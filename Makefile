@@ -14,7 +14,7 @@ MINUTES ?= 8
 SEEDS ?= 3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo up down status test lint bench bench-model pretrained clean
+.PHONY: help setup demo up down status test lint bench bench-data bench-model pretrained clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -58,6 +58,9 @@ lint: setup ## format, style, types, import contracts
 
 bench: setup ## measure; writes benchmarks/results and docs/benchmarks.md
 	@$(BIN)/python -m benchmarks
+
+bench-data: setup ## prepare by workers beside plain GDAL, and its memory by number of patches
+	@$(BIN)/python -m benchmarks.data_scale
 
 bench-model: setup ## ours beside what people would use instead; MINUTES=8 of CPU time a model, SEEDS=3
 	@$(BIN)/python -m benchmarks.model --minutes $(MINUTES) --seeds $(SEEDS)

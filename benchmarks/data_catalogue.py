@@ -24,7 +24,7 @@ from mm_model.catalogue.charts import save_classes, save_histograms, save_map
 from mm_model.catalogue.collection import collection
 from mm_model.catalogue.items import write_items
 from mm_model.catalogue.sheets import sheets
-from mm_model.data.store import INDEX, PatchStore, _write_index
+from mm_model.data.store import INDEX, PatchStore, _IndexWriter
 
 PATCHES = 100_000
 PLACES = 8
@@ -81,7 +81,9 @@ def _many(store: PatchStore) -> None:
         copy["crs"] = f"EPSG:{32601 + i % 60}"
         copy["f"] += float(rng.uniform(-2e6, 2e6))
         copies.append(copy)
-    _write_index(pd.concat(copies, ignore_index=True), store.path / INDEX)
+    writer = _IndexWriter(store.path / INDEX)
+    writer.write(pd.concat(copies, ignore_index=True))
+    writer.close()
 
 
 def _peak_mb() -> float:

@@ -70,6 +70,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    workers: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")] = 0
     alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
     geotiff: GeotiffConfig | None = None

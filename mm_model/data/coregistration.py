@@ -21,6 +21,7 @@ of radar may be why; a grid that is wrong by as much cannot be told from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,24 @@ class Features:
     values: F32
     valid: NDArray[np.bool_]
 
+    @property
+    def reach_px(self) -> int:
+        """How far a displacement may be for these to be compared."""
+        return int(min(REACH_PX, min(self.valid.shape) // 8))
+
+    @cached_property
+    def template(self) -> NDArray[np.bool_]:
+        """What is trusted and stays inside wherever another image is displaced to."""
+        inside = np.zeros_like(self.valid)
+        within = slice(self.reach_px, -self.reach_px or None)
+        inside[within, within] = self.valid[within, within]
+        return inside
+
+    @cached_property
+    def template_spectra(self) -> NDArray[np.complex64]:
+        """Conjugated, as every comparison with these as reference wants them."""
+        return np.conj(_spectra(self.values, self.template))
+
 
 def features(layer: Layer, modality: Modality, gsd_m: float) -> Features:
     """The structure of a layer, without the contrast of its sensor."""
@@ -102,20 +121,14 @@ def features(layer: Layer, modality: Modality, gsd_m: float) -> Features:
 
 def find_shift(reference: Features, other: Features) -> Shift:
     """The displacement of `other` against `reference`, or an unknown one."""
-    shape = reference.valid.shape
-    reach = min(REACH_PX, min(shape) // 8)
-    template = reference.valid.copy()
-    for axis in (0, 1):
-        edge = np.arange(shape[axis])
-        outside = (edge < reach) | (edge >= shape[axis] - reach)
-        template[outside if axis == 0 else (slice(None), outside)] = False
+    reach = reference.reach_px
     if (
         not len(reference.values)
         or not len(other.values)
-        or min(template.sum(), other.valid.sum()) < _LEAST_TEMPLATE_PX
+        or min(reference.template.sum(), other.valid.sum()) < _LEAST_TEMPLATE_PX
     ):
         return Shift(np.nan, np.nan, 0.0)
-    moments = _Moments(reference.values, template, other.values, other.valid)
+    moments = _Moments(reference, other)
     whole = np.arange(-reach, reach + 1, dtype=np.float64)
     coarse = moments.score(whole, whole)
     row, col = (int(i) for i in np.unravel_index(coarse.argmax(), coarse.shape))
@@ -144,12 +157,10 @@ class _Moments:
     Sums over the pixels valid in both, as products in the frequency domain.
     """
 
-    def __init__(
-        self, x: F32, valid_x: NDArray[np.bool_], y: F32, valid_y: NDArray[np.bool_]
-    ) -> None:
-        self._shape = valid_x.shape
-        self._p, self._q = len(x), len(y)
-        fx, fy = np.conj(_spectra(x, valid_x)), _spectra(y, valid_y)
+    def __init__(self, reference: Features, other: Features) -> None:
+        self._shape = reference.valid.shape
+        self._p, self._q = len(reference.values), len(other.values)
+        fx, fy = reference.template_spectra, _spectra(other.values, other.valid)
         p, q = self._p, self._q
         both = fx[1 : p + 1, None] * fy[None, 1 : q + 1]
         self._products = np.concatenate(
@@ -243,11 +254,25 @@ def _gradient(bands: F32) -> tuple[F32, F32]:
 def _blurred(bands: F32, valid: NDArray[np.bool_], sigma_px: float) -> F32:
     """Gaussian mean over the valid pixels around each (Knutsson's normalised convolution)."""
     rows, cols = (_bell(side, sigma_px) for side in valid.shape)
-    known = np.where(valid, bands, np.float32(0))
+    if valid.all():
+        known, weight = bands, _weight_of_all(valid.shape, sigma_px)
+    else:
+        known, weight = np.where(valid, bands, np.float32(0)), _weight(valid, sigma_px)
+    return np.asarray((rows @ known @ cols) / weight, np.float32)
+
+
+def _weight(valid: NDArray[np.bool_], sigma_px: float) -> F32:
+    rows, cols = (_bell(side, sigma_px) for side in valid.shape)
     weight = rows @ valid.astype(np.float32) @ cols
-    return np.asarray((rows @ known @ cols) / np.maximum(weight, np.float32(1e-6)), np.float32)
+    return np.asarray(np.maximum(weight, np.float32(1e-6)), np.float32)
 
 
+@lru_cache(maxsize=16)
+def _weight_of_all(shape: tuple[int, int], sigma_px: float) -> F32:
+    return _weight(np.ones(shape, np.bool_), sigma_px)
+
+
+@lru_cache(maxsize=16)
 def _bell(side: int, sigma_px: float) -> F32:
     at = np.arange(side)
     return np.exp(-0.5 * ((at[:, None] - at) / sigma_px) ** 2).astype(np.float32)
@@ -255,8 +280,13 @@ def _bell(side: int, sigma_px: float) -> F32:
 
 def _eroded(valid: NDArray[np.bool_], by_px: int) -> NDArray[np.bool_]:
     """Valid pixels that are farther than this from an invalid one and from the border."""
-    out = np.pad(valid, by_px)
-    for axis in (0, 1):
-        moved = [np.roll(out, step, axis) for step in range(-by_px, by_px + 1)]
-        out = np.logical_and.reduce(moved)
-    return out[by_px:-by_px, by_px:-by_px]
+    out = np.zeros_like(valid)
+    inside = slice(by_px, -by_px)
+    if valid.all():
+        out[inside, inside] = True
+        return out
+    rows, cols = (side - 2 * by_px for side in valid.shape)
+    steps = range(2 * by_px + 1)
+    down = np.logical_and.reduce([valid[i : i + max(0, rows)] for i in steps])
+    out[inside, inside] = np.logical_and.reduce([down[:, i : i + max(0, cols)] for i in steps])
+    return out

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +34,24 @@ from mm_model.modalities import Modality
 INDEX = "index.parquet"
 # Enough to make the cost of a batch's header vanish, little enough to be held while writing.
 _BATCH_BYTES = 8 << 20
+# Of the index, held while writing: memory must not grow with the number of patches.
+_GROUP_ROWS = 1 << 13
+_PIECE_ROWS = 1 << 10
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer as it lies in a store.
+
+    Attributes:
+        values: [bands, H, W], nodata where invalid, so that equal layers have equal bytes.
+        packed: bits of the mask [H x W], most significant first; None where all is valid.
+        described: the row of the index, without `shard` and `row`.
+    """
+
+    values: NDArray[np.generic]
+    packed: bytes | None
+    described: Mapping[str, Any]
 
 
 class PatchStore:
@@ -122,17 +142,42 @@ class PatchStore:
         batches = self._shards.get(shard)
         if batches is None:
             batches = self._shards[shard] = _open_shard(self.path / shard)
-        per_batch = len(batches[0][1])
-        values, packed = batches[row // per_batch]
-        at = row % per_batch
-        shape = values.shape[2:]
-        bits = packed[at].as_py()
+        values, bits = _pixels(batches, row)
+        shape = values.shape[1:]
         if bits is None:
             valid = np.ones(shape, dtype=np.bool_)
         else:
             flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0] * shape[1])
             valid = flat.view(np.bool_).reshape(shape)
-        return Layer(values[at], valid, acquired_at, native_gsd_m)
+        return Layer(values, valid, acquired_at, native_gsd_m)
+
+
+def read_stored(path: Path) -> Iterator[tuple[str, dict[str, StoredLayer]]]:
+    """Id and layers of every patch, in order, holding a piece of the index and a shard a modality.
+
+    `PatchStore` knows the whole index; this needs no more memory for a store of a million patches.
+    """
+    shards: dict[str, tuple[str, list[tuple[NDArray[np.generic], pa.Array]]]] = {}
+
+    def stored(row: dict[str, Any]) -> StoredLayer:
+        name, batches = shards.get(row["modality"], ("", []))
+        if name != row["shard"]:
+            batches = _open_shard(path / row["shard"])
+            shards[row["modality"]] = row["shard"], batches
+        return StoredLayer(*_pixels(batches, row["row"]), row)
+
+    try:
+        with pq.ParquetFile(path / INDEX) as index:
+            pieces = index.iter_batches(_PIECE_ROWS, columns=list(_COLUMNS))
+            rows = (row for piece in pieces for row in piece.to_pylist())
+            for patch_id, layers in groupby(rows, key=lambda row: row["patch_id"]):
+                yield patch_id, {row["modality"]: stored(row) for row in layers}
+    except (OSError, pa.ArrowInvalid, DataError) as error:
+        raise DataError(
+            f"{path} is damaged, and nothing can be taken over from it",
+            got=str(error).splitlines()[0],
+            remedy="remove it, and run the stage prepare again",
+        ) from error
 
 
 class ShardWriter:
@@ -148,9 +193,9 @@ class ShardWriter:
         self._shard_patches = shard_patches
         self._open: dict[str, _Shard] = {}
         self._counts = dict.fromkeys(self._modalities, 0)
-        self._rows: list[dict[str, Any]] = []
-        self._ids: set[str] = set()
+        self._ids: set[int] = set()
         path.mkdir(parents=True)
+        self._index = _IndexWriter(path / INDEX)
 
     def add(self, patch: Patch, measured: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Append a patch; one without layers, or with a modality not declared, is an error.
@@ -159,31 +204,21 @@ class ShardWriter:
             patch: its layers become rows of the index.
             measured: further columns of each layer, as `alignment.align` gives them.
         """
-        foreign = sorted(set(patch.layers) - set(self._modalities))
-        if foreign:
-            raise DataError(
-                f"layers of patch {patch.patch_id}", got=foreign, allowed=sorted(self._modalities)
-            )
-        more = measured or {}
-        self._append(
-            patch,
-            {n: describe(patch, self._modalities[n]) | dict(more.get(n, {})) for n in patch.layers},
-        )
+        self.append(patch.patch_id, stored_layers(patch, self._modalities, measured))
 
-    def copy(self, store: PatchStore, position: int) -> None:
-        """Append a patch of another store, without measuring it again."""
-        self._append(store.read(position), store.described(position))
-
-    def _append(self, patch: Patch, described: dict[str, Any]) -> None:
-        if not patch.layers or patch.patch_id in self._ids:
+    def append(self, patch_id: str, layers: Mapping[str, StoredLayer]) -> None:
+        """Append a patch as a store holds it, without measuring it again."""
+        # Digests, since names are longer, and these are all that is kept of every patch.
+        digest = int.from_bytes(hashlib.blake2b(patch_id.encode(), digest_size=8).digest())
+        if not layers or digest in self._ids:
             raise DataError(
-                f"patch {patch.patch_id}",
-                got="no layer" if not patch.layers else "the same id twice",
+                f"patch {patch_id}",
+                got="no layer" if not layers else "the same id twice",
                 allowed="one or more layers, and an id of its own",
             )
-        self._ids.add(patch.patch_id)
+        self._ids.add(digest)
         for name, modality in self._modalities.items():
-            layer = patch.layers.get(name)
+            layer = layers.get(name)
             if layer is None:
                 continue
             number, row = divmod(self._counts[name], self._shard_patches)
@@ -192,16 +227,15 @@ class ShardWriter:
             if row == 0:
                 if name in self._open:
                     self._open.pop(name).close()
-                self._open[name] = _Shard(self.path / shard, modality, patch.grid.shape)
+                self._open[name] = _Shard(self.path / shard, modality, layer.values.shape[1:])
             self._open[name].add(layer)
-            self._rows.append({**described[name], "shard": shard, "row": row})
+            self._index.add({**layer.described, "shard": shard, "row": row})
 
     def close(self) -> None:
-        """Complete the store: its index is written last."""
+        """Complete the store: its index is renamed into place last."""
         for shard in self._open.values():
             shard.close()
-        index = pd.DataFrame(self._rows, columns=list(_COLUMNS)).astype(_COLUMNS)
-        _write_index(index, self.path / INDEX)
+        self._index.close()
         sync_folder(self.path)
 
     def __enter__(self) -> ShardWriter:
@@ -232,6 +266,12 @@ _COLUMNS = {
     **dict.fromkeys(("moved_rows_px", "moved_cols_px"), "int64"),
     "excluded_layers": "object",
 }
+_TYPES = {"object": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+_INDEX_SCHEMA_PLAIN = pa.schema([(name, _TYPES[kind]) for name, kind in _COLUMNS.items()])
+_BOX = pa.struct([(side, pa.float64()) for side in ("xmin", "ymin", "xmax", "ymax")])
+_INDEX_SCHEMA = _INDEX_SCHEMA_PLAIN.append(pa.field(GEOMETRY, pa.binary())).append(
+    pa.field(BBOX, _BOX)
+)
 _NOT_MEASURED = {
     **{"shift_reference": None, "excluded_layers": None},
     **dict.fromkeys(("shift_row_px", "shift_col_px", "shift_confidence"), np.nan),
@@ -255,13 +295,32 @@ def _known(value: Any) -> Any:
     return None if found != found else found
 
 
-def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
-    """The index row of a layer, without its place in the store."""
+def stored_layers(
+    patch: Patch,
+    modalities: Mapping[str, Modality],
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, StoredLayer]:
+    """A patch's layers as a store holds them, each with its row of the index.
+
+    Args:
+        patch: with layers of these modalities alone, else DataError.
+        modalities: name → declaration.
+        measured: further columns of each layer, as `alignment.align` gives them.
+    """
+    foreign = sorted(set(patch.layers) - set(modalities))
+    if foreign:
+        raise DataError(
+            f"layers of patch {patch.patch_id}", got=foreign, allowed=sorted(modalities)
+        )
+    more = measured or {}
+    return {name: _stored(patch, modalities[name], more.get(name, {})) for name in patch.layers}
+
+
+def _stored(patch: Patch, modality: Modality, more: Mapping[str, Any]) -> StoredLayer:
     layer = patch.layers[modality.name]
     known = layer.values[:, layer.valid].astype(np.float64)
     values, packed = _canonical(layer, modality)
-    digest = hashlib.sha256(values.tobytes() + (packed or b"")).hexdigest()
-    return {
+    described = {
         "patch_id": patch.patch_id,
         "place_id": patch.place_id,
         "source": patch.source,
@@ -277,18 +336,49 @@ def describe(patch: Patch, modality: Modality) -> dict[str, Any]:
         "mean": known.mean() if known.size else np.nan,
         "valid_fraction": float(layer.valid.mean()),
         "acquired_at": layer.acquired_at,
-        "sha256": digest,
+        "sha256": hashlib.sha256(values.tobytes() + (packed or b"")).hexdigest(),
         **content(layer, modality),
         **_NOT_MEASURED,
+        **more,
     }
+    return StoredLayer(values, packed, described)
 
 
-def _write_index(index: pd.DataFrame, path: Path) -> None:
-    table = pa.Table.from_pandas(index, preserve_index=False)
-    shapes, boxes = footprints(index)
-    facts = {**table.schema.metadata, **geo_metadata(shapes.to_pylist())}
-    table = table.append_column(GEOMETRY, shapes).append_column(BBOX, boxes)
-    pq.write_table(table.replace_schema_metadata(facts), path)
+class _IndexWriter:
+    """The index, a row group at a time; the file has its name once it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._writer = pq.ParquetWriter(str(self._partial), _INDEX_SCHEMA, store_schema=False)
+        self._rows: list[dict[str, Any]] = []
+        self._shapes: dict[bytes, bytes] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) == _GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        self.write(pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS))
+
+    def write(self, index: pd.DataFrame) -> None:
+        """Rows of the index, with their outlines."""
+        shapes, boxes = footprints(index)
+        plain = pa.Table.from_pandas(index, _INDEX_SCHEMA_PLAIN, preserve_index=False)
+        table = plain.append_column(GEOMETRY, shapes).append_column(BBOX, boxes)
+        self._writer.write_table(table.cast(_INDEX_SCHEMA))
+        # One outline of each type says all that the file's metadata says of them.
+        known = (shape for shape in shapes.to_pylist() if shape is not None)
+        self._shapes |= {shape[:5]: shape for shape in known}  # which say its type
+
+    def close(self) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.add_key_value_metadata(geo_metadata(list(self._shapes.values())))
+        self._writer.close()
+        self._partial.rename(self._path)
 
 
 def _canonical(layer: Layer, modality: Modality) -> tuple[NDArray[np.generic], bytes | None]:
@@ -320,12 +410,12 @@ class _Shard:
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._pending: list[tuple[NDArray[np.generic], bytes | None]] = []
 
-    def add(self, layer: Layer) -> None:
+    def add(self, layer: StoredLayer) -> None:
         if layer.values.shape != self._frame:
             raise DataError(
                 f"layer of {self._modality.name}", got=layer.values.shape, allowed=self._frame
             )
-        self._pending.append(_canonical(layer, self._modality))
+        self._pending.append((layer.values, layer.packed))
         if len(self._pending) == self._batch_rows:
             self._flush()
 
@@ -354,3 +444,12 @@ def _open_shard(path: Path) -> list[tuple[NDArray[np.generic], pa.Array]]:
         raise DataError(
             f"shard {path} cannot be read", got=error, remedy="run the stage prepare again"
         ) from error
+
+
+def _pixels(
+    batches: list[tuple[NDArray[np.generic], pa.Array]], row: int
+) -> tuple[NDArray[np.generic], bytes | None]:
+    """Values [bands, H, W] and packed mask of a row of a shard."""
+    values, packed = batches[row // len(batches[0][1])]
+    at = row % len(batches[0][1])
+    return values[at], packed[at].as_py()

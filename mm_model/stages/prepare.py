@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mm_model.adapters.ray_prepare import by_workers
 from mm_model.config import load_params
 from mm_model.data.prepare import open_source, prepare
 from mm_model.stages.run import run
@@ -17,6 +18,7 @@ def main() -> None:
         shard_patches=params.prepare.shard_patches,
         min_valid_fraction=params.prepare.min_valid_fraction,
         alignment=params.prepare.alignment,
+        run=by_workers(params.prepare.workers),
     )
     print(f"{count} patches in data/patches")
 

@@ -1,4 +1,6 @@
 import hashlib
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,3 +141,97 @@ def test_killed_at_any_moment_it_ends_in_the_same_hashes(tmp_path):
         assert not (killed / "patches").exists()
     assert start(killed, 0).wait() == 0
     assert hashes(killed / "patches") == hashes(whole / "patches")
+
+
+def backwards(make, works):
+    """As any number of workers may do: in another order, in an own process's copy of the maker."""
+    make = pickle.loads(pickle.dumps(make))
+    for work in reversed(works):
+        yield work, make(work)
+
+
+def test_the_order_of_units_changes_nothing(tmp_path):
+    prepare(PlacesSource(6, PAIR), tmp_path / "forth", PAIR, **OPTIONS)
+    prepare(PlacesSource(6, PAIR), tmp_path / "back", PAIR, run=backwards, **OPTIONS)
+    assert hashes(tmp_path / "forth") == hashes(tmp_path / "back")
+
+
+class Faulty(PlacesSource):
+    """Some units fail, as the test says; the others are as they are."""
+
+    faults: dict[str, Exception] = {}  # noqa: RUF012
+
+    def read(self, unit):
+        for i, patch in enumerate(super().read(unit)):
+            if unit.unit_id in self.faults and i == 1:
+                raise self.faults[unit.unit_id]
+            yield patch
+
+
+def test_units_that_fail_are_named_at_the_end_and_the_others_are_kept(tmp_path):
+    source = Faulty(6, PAIR)
+    source.faults = {
+        "place001": RasterError("a.tif cannot be read"),
+        "place004": RasterError("b.tif is empty"),
+    }
+    with pytest.raises(RasterError) as caught:
+        prepare(source, tmp_path / "patches", PAIR, **OPTIONS)
+    said = str(caught.value)
+    assert "(2 of 6)" in said
+    assert "place001: a.tif cannot be read" in said
+    assert "place004: b.tif is empty" in said
+    assert not (tmp_path / "patches").exists()
+    source.faults = {"place004": ZeroDivisionError("of a library")}
+    with pytest.raises(DataError, match=r"place004.*ZeroDivisionError: of a library.*\.py:\d+"):
+        prepare(source, tmp_path / "patches", PAIR, **OPTIONS)
+    mended = PlacesSource(6, PAIR)
+    prepare(mended, tmp_path / "patches", PAIR, **OPTIONS)
+    assert mended.read_units == ["place004"]
+    prepare(PlacesSource(6, PAIR), tmp_path / "whole", PAIR, **OPTIONS)
+    assert hashes(tmp_path / "patches") == hashes(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["patches", "whole"]
+
+
+def test_only_what_is_new_is_read(tmp_path):
+    out = tmp_path / "patches"
+    prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
+    more = PlacesSource(6, PAIR)
+    assert prepare(more, out, PAIR, **OPTIONS) == 18
+    assert more.read_units == ["place004", "place005"]
+    prepare(PlacesSource(6, PAIR), tmp_path / "whole", PAIR, **OPTIONS)
+    assert hashes(out) == hashes(tmp_path / "whole")
+    fewer = PlacesSource(3, PAIR)
+    assert prepare(fewer, out, PAIR, **OPTIONS) == 9
+    assert not fewer.read_units
+    prepare(PlacesSource(3, PAIR), tmp_path / "three", PAIR, **OPTIONS)
+    assert hashes(out) == hashes(tmp_path / "three")
+
+
+def test_an_exchange_of_stores_that_was_cut_off_is_taken_up(tmp_path):
+    out = tmp_path / "patches"
+    prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
+    before = hashes(out)
+    # Died when the old store had been moved away, and the new one had not come.
+    out.rename(tmp_path / ".patches.former")
+    shutil.copytree(tmp_path / ".patches.former", tmp_path / ".patches.joined")
+    again = PlacesSource(4, PAIR)
+    prepare(again, out, PAIR, **OPTIONS)
+    assert not again.read_units
+    # The same, and the new one is of other units.
+    out.rename(tmp_path / ".patches.former")
+    more = PlacesSource(5, PAIR)
+    prepare(more, out, PAIR, **OPTIONS)
+    assert more.read_units == ["place004"]
+    prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
+    assert hashes(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["patches"]
+
+
+def test_a_damaged_store_is_not_taken_over(tmp_path):
+    out = tmp_path / "patches"
+    prepare(PlacesSource(4, PAIR), out, PAIR, **OPTIONS)
+    next(out.glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"patches is damaged.*remove it"):
+        prepare(PlacesSource(5, PAIR), out, PAIR, **OPTIONS)
+    shutil.rmtree(out)
+    assert prepare(PlacesSource(5, PAIR), out, PAIR, **OPTIONS) == 15

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_fixtures import CONTINUOUS, PAIR, make_store, place_patches
 
+from mm_model.data import store as store_module
 from mm_model.data.patch import Layer
 from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import DataError
@@ -175,3 +177,13 @@ def test_described_rows_are_plain_objects_and_texts_are_held_once(tmp_path):
             assert value == expected[column] or (value is None and pd.isna(expected[column]))
     assert any(row["shift_row_px"] is None for row in rows)
     assert len({id(row["crs"]) for row in rows}) == 1
+
+
+def test_an_index_of_many_row_groups_reads_as_one(tmp_path, monkeypatch):
+    whole = make_store(tmp_path / "whole", 6)
+    monkeypatch.setattr(store_module, "_GROUP_ROWS", 4)
+    cut = make_store(tmp_path / "cut", 6)
+    assert pq.ParquetFile(cut.path / store_module.INDEX).num_row_groups > 3
+    pd.testing.assert_frame_equal(cut.index, whole.index)
+    names = pq.read_schema(cut.path / store_module.INDEX).metadata
+    assert names == pq.read_schema(whole.path / store_module.INDEX).metadata
