@@ -149,6 +149,8 @@ def _make_all(make: PartMaker, missing: Sequence[Work], run: Run, total: int) ->
             progress.update(task, description=f"preparing {work.unit.unit_id}{said}", advance=1)
     if not failed:
         return
+    if len(failed) == 1:
+        raise failed.popitem()[1]
     kinds = {type(error) for error in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 else DataError
     lines = "".join(f"\n  {name}: {error}" for name, error in sorted(failed.items()))
