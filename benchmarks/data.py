@@ -19,8 +19,9 @@ from rasterio.warp import reproject
 
 from benchmarks import record, setting
 from mm_model.config import Params
+from mm_model.data.georeference import source_pixels_per_target
 from mm_model.data.prepare import prepare
-from mm_model.data.raster import source_pixels_per_target, write_geotiff
+from mm_model.data.raster import write_geotiff
 from mm_model.data.sources.geotiff import GeotiffSource, _bands, _scene_grid
 from mm_model.data.sources.manifest import SceneSpec, load_manifest
 from mm_model.data.sources.synthetic.sensors import Acquisition

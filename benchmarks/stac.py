@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rasterio.transform import Affine
 
 from benchmarks import record
-from mm_model.data.raster import transform_xy
+from mm_model.data.georeference import transform_xy
 from mm_model.data.sources.stac.source import StacSource
 from mm_model.data.sources.synthetic.sensors import Acquisition
 from mm_model.data.sources.synthetic.source import render

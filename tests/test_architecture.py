@@ -26,6 +26,7 @@ VENDORS = {
     "supervisor": ("mm_model/adapters/",),
     "dvc": ("mm_model/adapters/",),
     "rasterio": (
+        "mm_model/data/georeference.py",
         "mm_model/data/raster.py",
         "mm_model/data/remote.py",
         "mm_model/data/strips.py",

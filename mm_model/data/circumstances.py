@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mm_model.conditions import RANGES, Conditions
-from mm_model.data.raster import ground_sampling_m, latitude_deg
+from mm_model.data.georeference import ground_sampling_m, latitude_deg
 from mm_model.geo.grid import Grid
 from mm_model.geo.sun import sun_position
 

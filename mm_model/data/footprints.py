@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mm_model.data.raster import is_metric, to_lonlat
+from mm_model.data.georeference import is_metric, to_lonlat
 
 GEOMETRY, BBOX = "geometry", "bbox"
 _GRID = ["crs", *"abcdef", "height", "width"]

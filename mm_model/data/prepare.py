@@ -38,6 +38,7 @@ _CODE = (
     "data/content.py",
     "data/coregistration.py",
     "data/footprints.py",
+    "data/georeference.py",
     "data/parts.py",
     "data/prepare.py",
     "data/raster.py",

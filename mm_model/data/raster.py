@@ -1,4 +1,5 @@
-"""GeoTIFF files, and the warping of images between grids. remote and strips know rasterio, too.
+"""GeoTIFF files, and the warping of images between grids. georeference, remote and strips know
+rasterio, too.
 
 The driver is always GTiff. Left to choose, GDAL would take a VRT for a raster and read any file of
 this machine that it names.
@@ -6,12 +7,10 @@ this machine that it names.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,15 +19,14 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # what PROJ's complaints are; it has no public name
-from rasterio.crs import CRS
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
-from rasterio.warp import Resampling, calculate_default_transform, reproject
-from rasterio.warp import transform as transform_points
+from rasterio.warp import Resampling, reproject
 from rasterio.windows import Window
 
 from mm_model.data.files import write_atomically
+from mm_model.data.georeference import crs_of, crs_to_string, same_crs, source_pixels_per_target
 from mm_model.errors import GeoreferenceError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -203,7 +201,7 @@ def encode_geotiff(
         "count": len(band_names),
         "dtype": values.dtype.name,
         "nodata": nodata,
-        "crs": _crs(grid.crs) if grid.crs else None,
+        "crs": crs_of(grid.crs) if grid.crs else None,
         "transform": Affine(*grid.transform),
         "compress": "deflate",
         "predictor": 3 if values.dtype.kind == "f" else 1,
@@ -264,103 +262,6 @@ def warp(
     return np.where(new_valid, warped, np.asarray(nodata, dtype)), new_valid
 
 
-def crs_to_string(crs: CRS | None) -> str:
-    """The name "EPSG:<code>" where it says exactly the same, else WKT 2; "" for none."""
-    if crs is None or not crs.wkt:
-        return ""
-    code = crs.to_epsg(confidence_threshold=100)
-    if code is not None and CRS.from_epsg(code) == crs:
-        return f"EPSG:{code}"
-    return str(crs.to_wkt(version="WKT2_2019"))
-
-
-def same_crs(first: str, second: str) -> bool:
-    """Whether two strings name one coordinate reference system, however they spell it."""
-    return first == second or (bool(first and second) and _crs(first) == _crs(second))
-
-
-def to_lonlat(crs: str, xs: Sequence[float], ys: Sequence[float]) -> NDArray[np.float64]:
-    """Longitude and latitude in degrees [n, 2] of points in a reference system."""
-    return np.array(transform_xy(crs, "EPSG:4326", xs, ys), dtype=np.float64).T
-
-
-def metric_grid(grid: Grid, crs: str, gsd_m: float) -> Grid:
-    """The grid of square pixels of `gsd_m` in `crs` that covers `grid`.
-
-    Its corner is a multiple of the pixel, so that neighbours share one lattice.
-
-    Raises:
-        GeoreferenceError: the reference system is unknown or its unit is not the metre.
-    """
-    target = _crs(crs)
-    if not target.is_projected or target.linear_units_factor[1] != 1.0:
-        raise GeoreferenceError(
-            "reference system of a grid in metres",
-            got=crs,
-            allowed="a projected system in metres",
-            remedy=f"use the UTM zone {utm_zone(grid)}",
-        )
-    transform, width, height = calculate_default_transform(
-        _crs(grid.crs), target, grid.width, grid.height, *grid.bounds, resolution=gsd_m
-    )
-    left = np.floor(transform.c / gsd_m + 1e-6) * gsd_m
-    top = np.ceil(transform.f / gsd_m - 1e-6) * gsd_m
-    width = int(np.ceil((transform.c - left) / gsd_m + width - 1e-6))
-    height = int(np.ceil((top - transform.f) / gsd_m + height - 1e-6))
-    coefficients = (gsd_m, 0.0, float(left), 0.0, -gsd_m, float(top))
-    return Grid(crs_to_string(target), coefficients, height, width)
-
-
-def utm_zone(grid: Grid) -> str:
-    """The UTM zone of the grid's centre: "EPSG:326zz" or "EPSG:327zz"."""
-    x, y = grid.xy(grid.height / 2, grid.width / 2)
-    lon, lat = to_lonlat(grid.crs, [x], [y])[0]
-    zone = int(np.clip((lon + 180) // 6 + 1, 1, 60))
-    return f"EPSG:{(32600 if lat >= 0 else 32700) + zone}"
-
-
-def is_metric(crs: str) -> bool:
-    """Whether coordinates of the reference system are metres on a plane."""
-    found = _crs(crs)
-    return bool(found.is_projected and found.linear_units_factor[1] == 1.0)
-
-
-@lru_cache(maxsize=1 << 16)
-def latitude_deg(grid: Grid) -> float | None:
-    """Latitude of the grid's centre, north positive; None for a grid that lies nowhere on Earth."""
-    if not grid.crs:
-        return None
-    x, y = grid.xy(grid.height / 2, grid.width / 2)
-    try:
-        latitude = float(to_lonlat(grid.crs, [x], [y])[0, 1])
-    except GeoreferenceError:  # a plane of its own, or beyond what its system can express
-        return None
-    return latitude if abs(latitude) <= 90 else None
-
-
-def ground_sampling_m(grid: Grid) -> float | None:
-    """Mean side of a pixel on the ground, in metres; None where the grid does not tell."""
-    latitude = latitude_deg(grid)
-    if latitude is None:
-        return None
-    along, across = grid.pixel_size
-    if is_metric(grid.crs):
-        return math.sqrt(along * across)
-    if not _crs(grid.crs).is_geographic:
-        return None
-    degree_m = 111_320.0
-    return math.sqrt(along * across * math.cos(math.radians(latitude))) * degree_m
-
-
-def source_pixels_per_target(source: Grid, target: Grid) -> float:
-    """How many source pixels, along a side, a pixel in the middle of the target spans."""
-    row, col = target.height / 2, target.width / 2
-    corners = [target.xy(row, col), target.xy(row, col + 1), target.xy(row + 1, col)]
-    xs, ys = transform_xy(target.crs, source.crs, *zip(*corners, strict=True))
-    at = np.array([source.row_col(x, y) for x, y in zip(xs, ys, strict=True)])
-    return float(np.linalg.norm(at[1:] - at[0], axis=1).max())
-
-
 def _reproject(
     values: NDArray[Any],
     source: Grid,
@@ -372,7 +273,7 @@ def _reproject(
     out = np.full((values.shape[0], *target.shape), nodata, dtype=values.dtype)
     same = same_crs(source.crs, target.crs)
     # Without reference system, both grids lie on one plane: any projected one will do.
-    source_crs = _crs(source.crs or "EPSG:3857")
+    source_crs = crs_of(source.crs or "EPSG:3857")
     try:
         reproject(
             values,
@@ -381,7 +282,7 @@ def _reproject(
             src_crs=source_crs,
             src_nodata=nodata,
             dst_transform=Affine(*target.transform),
-            dst_crs=source_crs if same else _crs(target.crs),
+            dst_crs=source_crs if same else crs_of(target.crs),
             resampling=method,
             tolerance=0 if exact else 0.125,
         )
@@ -389,34 +290,6 @@ def _reproject(
         cause = " ".join(str(error).split())[:200]
         raise GeoreferenceError("warping of an image", got=cause) from error
     return out
-
-
-def transform_xy(
-    source: str, target: str, xs: Sequence[float], ys: Sequence[float]
-) -> tuple[list[float], list[float]]:
-    """Points of one reference system in another; raises GeoreferenceError where it has none."""
-    found = list(xs), list(ys)
-    try:
-        if not same_crs(source, target):
-            found = transform_points(_crs(source), _crs(target), *found)
-    except CPLE_BaseError:
-        found = [math.nan], [math.nan]
-    if not np.isfinite(found).all():
-        raise GeoreferenceError(
-            "position of an image",
-            got=f"{xs[0]}, {ys[0]} in {source[:80]}",
-            allowed=f"a place that {target[:80]} can express",
-        )
-    return found[0], found[1]
-
-
-def _crs(text: str) -> CRS:
-    try:
-        return CRS.from_user_input(text)
-    except CRSError as error:
-        raise GeoreferenceError(
-            "coordinate reference system", got=text[:120] or "none", allowed="EPSG:<code> or WKT"
-        ) from error
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from mm_model.data.raster import Raster, band_numbers, header_of, transform_xy
+from mm_model.data.georeference import transform_xy
+from mm_model.data.raster import Raster, band_numbers, header_of
 from mm_model.errors import GeoreferenceError, RasterError, ServiceError
 from mm_model.geo.grid import Grid
 

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mm_model.config import SplitConfig
-from mm_model.data.raster import to_lonlat
+from mm_model.data.georeference import to_lonlat
 from mm_model.errors import DataError
 from mm_model.geo.grid import Grid
 

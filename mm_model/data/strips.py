@@ -17,7 +17,7 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from mm_model.data import raster
+from mm_model.data import georeference, raster
 from mm_model.errors import RasterError
 from mm_model.geo.grid import Grid
 
@@ -47,10 +47,10 @@ def window_below(source: Grid, target: Grid) -> tuple[int, int, int, int] | None
     """
     steps = np.linspace(0, 1, _LATTICE)
     points = [target.xy(v * target.height, u * target.width) for v in steps for u in steps]
-    xs, ys = raster.transform_xy(target.crs, source.crs, *zip(*points, strict=True))
+    xs, ys = georeference.transform_xy(target.crs, source.crs, *zip(*points, strict=True))
     at = np.array([source.row_col(x, y) for x, y in zip(xs, ys, strict=True)])
     # What bends between the points of the lattice is less than a step between them.
-    reach = _KERNEL_PX * max(1.0, raster.source_pixels_per_target(source, target)) + 1
+    reach = _KERNEL_PX * max(1.0, georeference.source_pixels_per_target(source, target)) + 1
     low = np.floor(at.min(axis=0) - reach).astype(int).clip(0)
     high = np.minimum(np.ceil(at.max(axis=0) + reach).astype(int), source.shape)
     if (low >= high).any():

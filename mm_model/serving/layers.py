@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.data import raster
+from mm_model.data import georeference, raster
 from mm_model.data.align import resample
 from mm_model.errors import GeoreferenceError, LayerError
 from mm_model.geo.grid import Grid
@@ -181,7 +181,7 @@ def _metres_per_pixel(grid: Grid) -> float:
     """Side on the ground of a square as large as a pixel in the middle of the grid."""
     row, col = grid.height / 2, grid.width / 2
     corners = [grid.xy(row, col), grid.xy(row, col + 1), grid.xy(row + 1, col)]
-    lonlat = np.radians(raster.to_lonlat(grid.crs, *zip(*corners, strict=True)))
+    lonlat = np.radians(georeference.to_lonlat(grid.crs, *zip(*corners, strict=True)))
     (right_x, right_y), (down_x, down_y) = lonlat[1:] - lonlat[0]
     area = abs(right_x * down_y - right_y * down_x) * np.cos(lonlat[0, 1])
     return float(_EARTH_RADIUS_M * np.sqrt(area))
@@ -247,7 +247,7 @@ def _lonlat_box(grid: Grid) -> tuple[float, float, float, float]:
     """
     steps = np.linspace(0, 1, _LATTICE)
     points = [grid.xy(v * grid.height, u * grid.width) for v in steps for u in steps]
-    lonlat = raster.to_lonlat(grid.crs, *zip(*points, strict=True))
+    lonlat = georeference.to_lonlat(grid.crs, *zip(*points, strict=True))
     if np.ptp(lonlat[:, 0]) > 180:  # it crosses the date line
         lonlat[lonlat[:, 0] < 0, 0] += 360
     margin = np.ptp(lonlat, axis=0) / 8

@@ -12,7 +12,7 @@ import numpy as np
 
 from mm_model.api import DEFAULT_STEPS
 from mm_model.conditions import parse_conditions
-from mm_model.data import raster
+from mm_model.data import georeference, raster
 from mm_model.errors import (
     LayerError,
     MediaTypeError,
@@ -261,7 +261,7 @@ def _grid(texts: Mapping[str, str]) -> Grid | None:
     if "crs" in texts:
         if not _CRS.fullmatch(crs):
             raise RequestError("field crs", got=repr(crs[:80]), allowed="EPSG:<code> or WKT")
-        raster.is_metric(crs)  # raises GeoreferenceError if there is no such system
+        georeference.is_metric(crs)  # raises GeoreferenceError if there is no such system
     return Grid(crs, _transform(texts["transform"]) if crs else _NOWHERE, height, width)
 
 

@@ -18,8 +18,9 @@ from stac_server import StacServer  # noqa: E402
 from test_dvc_pipeline import dvc  # noqa: E402
 
 from mm_model.config import load_params  # noqa: E402
+from mm_model.data.georeference import transform_xy  # noqa: E402
 from mm_model.data.prepare import open_source, prepare  # noqa: E402
-from mm_model.data.raster import read_raster, transform_xy  # noqa: E402
+from mm_model.data.raster import read_raster  # noqa: E402
 from mm_model.data.sources.geotiff import GeotiffSource  # noqa: E402
 from mm_model.data.store import PatchStore  # noqa: E402
 from mm_model.geo.grid import Grid  # noqa: E402

@@ -13,16 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_model.data.align import resample, to_classes, to_physical
+from mm_model.data.georeference import ground_sampling_m, is_metric, metric_grid, utm_zone
 from mm_model.data.patch import Layer, Patch, Unit
-from mm_model.data.raster import (
-    RasterHeader,
-    ground_sampling_m,
-    is_metric,
-    metric_grid,
-    read_header,
-    read_raster,
-    utm_zone,
-)
+from mm_model.data.raster import RasterHeader, read_header, read_raster
 from mm_model.data.sources.manifest import (
     LINEAR_POWER,
     TIMELESS,

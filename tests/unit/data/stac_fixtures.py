@@ -15,7 +15,7 @@ from rasterio.transform import Affine
 from shapely.geometry import mapping
 from stac_server import StacServer
 
-from mm_model.data.raster import transform_xy
+from mm_model.data.georeference import transform_xy
 from mm_model.data.remote import Patience
 from mm_model.data.sources.stac.request import LOCK_FILE, SEARCH_FILE, declared_products
 from mm_model.data.sources.stac.source import StacSource

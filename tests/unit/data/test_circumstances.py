@@ -26,6 +26,12 @@ def test_a_grid_tells_distance_and_latitude_and_no_date():
     assert complete(NOTHING, degrees).gsd_m == pytest.approx(111.3 * 0.5**0.5, rel=1e-3)
 
 
+def test_the_metres_of_web_mercator_are_not_those_of_the_ground():
+    mercator = Grid("EPSG:3857", (10, 0, 1_500_000, 0, -10, 8_399_738), 20, 30)  # 60 degrees north
+    assert complete(NOTHING, mercator).gsd_m == pytest.approx(5, rel=5e-3)
+    assert complete(NOTHING, UTM).gsd_m == 10
+
+
 def test_a_date_and_a_latitude_tell_the_sun():
     found = complete(Conditions(date=DAY), UTM)
     assert (found.sun_elevation_deg, found.sun_azimuth_deg) == sun_position(DAY, found.latitude_deg)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.io import MemoryFile
 
-from mm_model.data import raster
+from mm_model.data import georeference, raster
 from mm_model.errors import GeoreferenceError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
@@ -81,12 +81,12 @@ def test_reference_systems_survive(crs):
 
 def test_a_system_without_code_is_kept_as_wkt():
     custom = "+proj=laea +lat_0=12.5 +lon_0=7.25 +x_0=1000 +units=m +ellps=GRS80"
-    wkt = raster.crs_to_string(rasterio.crs.CRS.from_proj4(custom))
+    wkt = georeference.crs_to_string(rasterio.crs.CRS.from_proj4(custom))
     grid = Grid(wkt, (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 4, 6)
     values, valid = layer(CONTINUOUS, grid)
     found = raster.read_header(raster.write_geotiff(None, values, valid, grid, CONTINUOUS)).grid.crs
-    assert raster.same_crs(found, wkt)
-    assert not raster.same_crs(found, "EPSG:32633")
+    assert georeference.same_crs(found, wkt)
+    assert not georeference.same_crs(found, "EPSG:32633")
 
 
 def test_an_image_that_lies_nowhere():
@@ -179,7 +179,7 @@ def test_classes_are_never_mixed():
         Grid("EPSG:3035", (13.0, 2.0, 4.63e6, 2.0, -13.0, 2.44e6), 25, 33),
     ):
         if target.crs != grid.crs:
-            target = raster.metric_grid(grid, target.crs, 13.0)
+            target = georeference.metric_grid(grid, target.crs, 13.0)
         moved, known = raster.warp(codes, np.ones(grid.shape, bool), grid, target, categorical=True)
         assert known.any()
         assert set(np.unique(moved[0, known])) <= {10, 80, 95}
@@ -220,26 +220,26 @@ def test_beyond_the_source_nothing_is_known():
 
 def test_metric_grid_covers_and_snaps():
     grid = Grid("EPSG:4326", (1e-4, 0.0, 15.2, 0.0, -1e-4, 45.9), 50, 80)
-    made = raster.metric_grid(grid, raster.utm_zone(grid), 10)
+    made = georeference.metric_grid(grid, georeference.utm_zone(grid), 10)
     assert made.crs == "EPSG:32633"
     assert made.pixel_size == (10, 10)
     assert made.transform[2] % 10 == made.transform[5] % 10 == 0
     for row, col in ((0, 0), (0, 80), (50, 0), (50, 80)):
         lon, lat = grid.xy(row, col)
         corners = [made.xy(r, c) for r in (0, made.height) for c in (0, made.width)]
-        lonlat = raster.to_lonlat(made.crs, *zip(*corners, strict=True))
+        lonlat = georeference.to_lonlat(made.crs, *zip(*corners, strict=True))
         assert lonlat[:, 0].min() - 2e-5 <= lon <= lonlat[:, 0].max() + 2e-5
         assert lonlat[:, 1].min() - 2e-5 <= lat <= lonlat[:, 1].max() + 2e-5
     with pytest.raises(GeoreferenceError, match="32633"):
-        raster.metric_grid(grid, "EPSG:4326", 10)
+        georeference.metric_grid(grid, "EPSG:4326", 10)
 
 
 def test_southern_utm_zone():
-    assert raster.utm_zone(Grid("EPSG:4326", (1e-4, 0, -48.1, 0, -1e-4, -25.3), 9, 9)) == (
+    assert georeference.utm_zone(Grid("EPSG:4326", (1e-4, 0, -48.1, 0, -1e-4, -25.3), 9, 9)) == (
         "EPSG:32722"
     )
 
 
 def test_an_unknown_system_is_an_error():
     with pytest.raises(GeoreferenceError, match="EPSG:999999"):
-        raster.to_lonlat("EPSG:999999", [0], [0])
+        georeference.to_lonlat("EPSG:999999", [0], [0])

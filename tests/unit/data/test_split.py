@@ -141,7 +141,7 @@ def test_a_margin_over_everything_is_an_error():
 def test_the_margin_reaches_across_reference_systems():
     one = index(20, spacing_m=10_000, prefix="a")
     # The same ground in the neighbouring zone: x of zone 33's meridian 15°E seen from 32.
-    from mm_model.data.raster import transform_xy
+    from mm_model.data.georeference import transform_xy
 
     other = index(20, spacing_m=10_000, prefix="b")
     xs, ys = transform_xy("EPSG:32633", "EPSG:32632", list(other["c"]), list(other["f"]))

@@ -23,7 +23,7 @@ from stac_fixtures import (
     write_search,
 )
 
-from mm_model.data.raster import transform_xy
+from mm_model.data.georeference import transform_xy
 from mm_model.errors import DataError
 
 

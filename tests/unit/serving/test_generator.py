@@ -8,7 +8,7 @@ import torch
 from serving_fixtures import GRID, NAMES, make_bundle, make_layer
 
 from mm_model.conditions import NOTHING, stack_features
-from mm_model.data import raster
+from mm_model.data import georeference
 from mm_model.data.circumstances import complete
 from mm_model.errors import (
     GeoreferenceError,
@@ -159,7 +159,7 @@ def test_grids_that_lie_elsewhere_are_told_without_pixels(generator, other, meet
 def test_layers_on_either_side_of_the_date_line_meet(generator):
     west = Grid("EPSG:32660", (100.0, 0, 826_000.0, 0, -100.0, 1_000_000.0), 90, 90)
     east = Grid("EPSG:4326", (0.01, 0, -180.0, 0, -0.01, 9.05), 20, 20)
-    assert raster.to_lonlat(west.crs, [835_000], [1_000_000])[0, 0] < 0
+    assert georeference.to_lonlat(west.crs, [835_000], [1_000_000])[0, 0] < 0
     assert generator.check_grids({"sar": west, "dem": east}) == west
     far = replace(east, transform=(0.01, 0, -170.0, 0, -0.01, 9.05))
     with pytest.raises(GeoreferenceError, match="dem does not overlap"):

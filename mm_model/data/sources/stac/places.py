@@ -14,7 +14,7 @@ import shapely
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
-from mm_model.data.raster import transform_xy, utm_zone
+from mm_model.data.georeference import transform_xy, utm_zone
 from mm_model.data.sources.stac.request import NAME_PATTERN, Request
 from mm_model.errors import ConfigError
 from mm_model.geo.grid import Grid

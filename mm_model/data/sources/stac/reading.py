@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_model.data.align import resample, to_classes, to_physical
+from mm_model.data.georeference import ground_sampling_m
 from mm_model.data.patch import Layer
-from mm_model.data.raster import Raster, ground_sampling_m, warp
+from mm_model.data.raster import Raster, warp
 from mm_model.data.remote import Patience, read_window
 from mm_model.data.sources.manifest import LINEAR_POWER
 from mm_model.data.sources.stac.lock import PinnedItem
