@@ -6,7 +6,6 @@ One sample is judged (figures without a suffix: the mean over samples), and the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from benchmarks.model.regimes import RGB, SAR, Regime, ordered_pairs
 from mm_model.data.patch import Patch
 from mm_model.evaluation.distributions import calibration_of, rank_histogram
 from mm_model.evaluation.evaluate import _Draws, _in_parallel, _row, _score
+from mm_model.generative.noise import sample_seeds
 from mm_model.training.dataset import collate
 
 PATCHES_AT_ONCE = 4
@@ -42,13 +42,7 @@ def key(source: str, target: str) -> str:
 
 def seeds_of(patches: Sequence[Patch], count: int) -> tuple[tuple[int, ...], ...]:
     """Seeds that belong to the patch, so that no batch changes a sample."""
-    return tuple(
-        tuple(
-            int.from_bytes(hashlib.sha256(f"{p.patch_id}:{k}".encode()).digest()[:4], "big") >> 1
-            for k in range(count)
-        )
-        for p in patches
-    )
+    return tuple(tuple(sample_seeds(count, p.patch_id)) for p in patches)
 
 
 def ask(
@@ -126,11 +120,11 @@ def _scorer(
             scores = [_score(p, modality, d) for p, d in fit]
             ranks: NDArray[np.int64] | int = 0
             if {source, target} == {SAR, RGB} and len(fit[0][1].samples) > 2:
+                layers = [p.layers[target] for p, _ in fit]
+                independent = [d.samples[::2] for _, d in fit]  # without mirror images
                 histograms = [
-                    rank_histogram(
-                        d.samples, p.layers[target].values, p.layers[target].valid, seed=0
-                    )
-                    for p, d in fit
+                    rank_histogram(s, layer.values, layer.valid, seed=0)
+                    for s, layer in zip(independent, layers, strict=True)
                 ]
                 ranks = np.sum(histograms, axis=0)
             scored[target] = (scores, ranks)

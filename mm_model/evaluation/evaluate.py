@@ -31,6 +31,7 @@ from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.evaluation import metrics
 from mm_model.evaluation.scene_use import scene_use
+from mm_model.generative.noise import sample_seeds
 from mm_model.generative.sampler import sample
 from mm_model.modalities import Modality, Quantity
 from mm_model.nn.model import SceneModel
@@ -206,7 +207,7 @@ class _Generator:
         """Target → draws, for each patch."""
         count = self._config.samples
         x, mask = self._encode(patches, observed)
-        seeds = [self._seed(p.patch_id, k) for p in patches for k in range(count)]
+        seeds = [s for p in patches for s in sample_seeds(count, self._config.seed, p.patch_id)]
         # What the grid tells, as in the endpoint; a caller who knows the date has to say it.
         known = torch.from_numpy(stack_features([complete(NOTHING, p.grid) for p in patches]))
         generated = sample(
@@ -229,7 +230,9 @@ class _Generator:
             made = sample(model, x, mask, model.names, [seed], self._config.steps)
             return model.codec.decode(made, model.names)
 
-        sets = list(_in_parallel(draw, [self._seed("joint", k) for k in range(count)]))
+        # Each by itself: mirror images of one another would make a set look more varied than it is.
+        seeds = [sample_seeds(1, self._config.seed, "joint", k)[0] for k in range(count)]
+        sets = list(_in_parallel(draw, seeds))
         return {name: np.concatenate([s[name].numpy() for s in sets]) for name in model.names}
 
     def _encode(
@@ -258,10 +261,6 @@ class _Generator:
             for answer, drawn, mean in zip(answers, samples, means, strict=True):
                 answer[name] = _Draws(drawn, mean)
         return answers
-
-    def _seed(self, what: str, k: int) -> int:
-        digest = hashlib.sha256(f"{self._config.seed}:{what}:{k}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
 
 
 def _scene_figures(
@@ -309,11 +308,12 @@ def _score(patch: Patch, modality: Modality, drawn: _Draws) -> dict[str, Any]:
     layer = patch.layers[modality.name]
     truth, valid = layer.values, layer.valid
     score: dict[str, Any] = {"pixels": int(valid.sum()), "gsd_m": patch.gsd_m}
+    independent = drawn.samples[::2]  # without mirror images, see `sample_seeds`
     if modality.is_categorical:
         codes = modality.class_codes
         score["each"] = sum(metrics.confusion(s[0], truth[0], valid, codes) for s in drawn.samples)
         score["mean"] = metrics.confusion(drawn.mean[0], truth[0], valid, codes)
-        score["spread"] = metrics.disagreement(drawn.samples[:, 0], valid)
+        score["spread"] = metrics.disagreement(independent[:, 0], valid)
         return score
     span = metrics.peak(modality)
     colored = modality.quantity is Quantity.REFLECTANCE and len(modality.bands) > 1
@@ -323,9 +323,9 @@ def _score(patch: Patch, modality: Modality, drawn: _Draws) -> dict[str, Any]:
         if colored:
             angles = [metrics.spectral_angles_deg(g, truth, valid) for g in guesses]
             score[f"angle_{key}"] = np.mean(angles) if valid.any() else math.nan
-    score["spread"] = metrics.spread(drawn.samples, valid)
+    score["spread"] = metrics.spread(independent, valid)
     score["level"] = truth[:, valid].mean() if valid.any() else math.nan
-    levels = drawn.samples[:, :, valid].mean(axis=(1, 2)) if valid.any() else [math.nan]
+    levels = independent[:, :, valid].mean(axis=(1, 2)) if valid.any() else [math.nan]
     score["level_spread"] = np.std(levels, ddof=1) if len(levels) > 1 else math.nan
     return score
 

@@ -19,6 +19,7 @@ from mm_model.bundle import Bundle
 from mm_model.conditions import Conditions, stack_features
 from mm_model.data.circumstances import complete
 from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
+from mm_model.generative.noise import sample_seeds
 from mm_model.generative.sampler import mean_scene, sample
 from mm_model.generative.windows import STRIDE, distance
 from mm_model.geo.grid import Grid
@@ -49,7 +50,6 @@ __all__ = [
     "Prepared",
     "Request",
     "Result",
-    "sample_seeds",
 ]
 
 MAX_SEED = 2**63 - 1
@@ -57,16 +57,6 @@ MAX_SEED = 2**63 - 1
 Check = Callable[[], None]
 A = TypeVar("A", bound=Aligned)
 T = TypeVar("T")
-
-
-def sample_seeds(seed: int, samples: int) -> list[int]:
-    """The sampler's seeds of a request's draws: a hash of (seed, k), so that no two requests with
-    different seeds share a draw.
-    """
-    return [
-        int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        for k in range(samples)
-    ]
 
 
 class Generator:
@@ -306,7 +296,7 @@ class Generator:
         items = [
             (request, seed)
             for request in group
-            for seed in sample_seeds(request.seed, request.samples)
+            for seed in sample_seeds(request.samples, request.seed)
         ]
         drawn: dict[int, dict[str, NDArray[np.generic]]] = {}
         for batch in self._batches([request.grid for request, _ in items]):

@@ -24,12 +24,13 @@ from mm_model.data import raster
 from mm_model.data.circumstances import complete
 from mm_model.data.strips import CogWriter, bounded_cache, strips
 from mm_model.errors import RequestError
+from mm_model.generative.noise import sample_seeds
 from mm_model.generative.plan import plan
 from mm_model.generative.rows import RowSampler
 from mm_model.generative.windows import Frame
 from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX
-from mm_model.serving.generator import Generator, sample_seeds
+from mm_model.serving.generator import Generator
 from mm_model.serving.observed import ModelRows, ObservedFiles, Pixels
 from mm_model.serving.uncertainty import Moments
 
@@ -174,7 +175,7 @@ class _Job:
                 for name in self._targets:
                     gathered = Moments(self._generator.modality(name), self.grid, self._folder)
                     moments[name] = stack.enter_context(gathered)
-            for sample, seed in enumerate(sample_seeds(asked.seed, asked.samples)):
+            for sample, seed in enumerate(sample_seeds(asked.samples, asked.seed)):
                 z = rows.scene(seed, asked.steps)
                 for one in passes:
                     names = [n for n in self._targets if n in one.targets]

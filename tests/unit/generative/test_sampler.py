@@ -15,7 +15,7 @@ from model_fixtures import FIVE, NAMES, make_model, make_scene
 
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
-from mm_model.generative.noise import canvas_noise, generator, scene_noise
+from mm_model.generative.noise import canvas_noise, generator, sample_seeds, scene_noise
 from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
 from mm_model.generative.windows import Windows
 from mm_model.modalities import MODALITIES, channel_slices
@@ -185,3 +185,14 @@ def test_a_sixth_modality_needs_no_other_edit() -> None:
     x, mask = model.codec.encode(make_scene(six).only("heat"))
     made = model.codec.decode(sample(model, x, mask, NAMES, [1, 2, 3], 1), NAMES)
     assert {n: v.shape[1] for n, v in made.items()} == dict(rgb=3, nir=1, sar=2, dem=1, map=1)
+
+
+def test_samples_of_one_thing_are_drawn_in_mirrored_pairs() -> None:
+    first, mirrored, other = sample_seeds(3, 7, "patch")
+    assert sample_seeds(2, 7, "patch") == [first, mirrored]
+    assert len({first, other, *sample_seeds(1, 8, "patch"), *sample_seeds(1, 7, "other")}) == 4
+    frame = 2, 19, 23, (5, -3)
+    image = canvas_noise(first, "sar", *frame)
+    assert torch.equal(canvas_noise(mirrored, "sar", *frame), -image)
+    assert not torch.equal(canvas_noise(other, "sar", *frame).abs(), image.abs())
+    assert torch.equal(scene_noise(mirrored, *frame, 8), -scene_noise(first, *frame, 8))
