@@ -1,8 +1,8 @@
 """Cells: one method, trained from one seed on one regime, judged, and never made twice.
 
 A record is good for as long as the code that made it is the same, and so are trained weights, which
-depend on less of it: a change of how models are judged trains none again. Comments, docstrings and
-layout change neither.
+depend on less of it: a change of how models are judged trains none again, and a change of the scene
+model trains no specialist again. Comments, docstrings and layout change neither.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks import record
 from benchmarks.model.downstream import evaluate_downstream
 from benchmarks.model.joint import OTHER_STEPS, evaluate_joint
 from benchmarks.model.judges import Judges, open_judges
-from benchmarks.model.methods import STEPS, TRAINED, Method, SceneMethod, factories
+from benchmarks.model.methods import OF_SCENES, STEPS, TRAINED, Method, SceneMethod, factories
 from benchmarks.model.pairs import evaluate_pairs, summary
 from benchmarks.model.regimes import NIR, RGB, Regime, Scale, choices, open_regime
 from benchmarks.model.scenes import evaluate_scenes
@@ -36,7 +36,11 @@ from benchmarks.model.training import Effort
 from mm_model.data.files import write_atomically
 
 HERE = Path(__file__).parent
-_CORE = ("nn", "generative", "training", "codec.py", "modalities.py", "conditions.py")
+_CORE = (
+    *("training/dataset.py", "training/state.py", "generative/noise.py"),
+    *("codec.py", "modalities.py", "conditions.py"),
+)
+_SCENE = ("nn", "generative", "training")
 _DATA = ("data/sources", "data/stats.py")
 _LEARNS = ("regimes.py", "training.py", "methods.py", "specialists.py", "trivial.py")
 _SPEAKS = ("__main__.py", "report.py", "tables.py", "sheets.py")
@@ -82,9 +86,10 @@ def _is_text(node: ast.AST) -> bool:
 
 
 @cache
-def _digest_of(what: str) -> str:
+def _digest_of(what: str, method: str = "") -> str:
     package = record.ROOT / "mm_model"
-    core = [f for name in (*_CORE, *_DATA) for f in _files(package / name)]
+    names = (*_CORE, *_DATA, *(_SCENE if method in OF_SCENES else ()))
+    core = {f for name in names for f in _files(package / name)}
     own = {f.name: f for f in _files(HERE)}
     if what == "weights":
         return code_digest([*core, *(own[n] for n in _LEARNS)])
@@ -110,8 +115,9 @@ class Bench:
 
     def __init__(self, folder: Path, minutes: float, scale: Scale) -> None:
         self.root, self.minutes, self.scale = folder, minutes, scale
-        for what in ("record", "weights", "judges"):
-            _digest_of(what)  # now: files may change while it runs
+        _digest_of("judges")  # now: files may change while it runs
+        for method in factories():
+            _digest_of("record", method), _digest_of("weights", method)
         self.data = folder / f"data-{scale.data_key}"
         self.folder = folder / (f"{minutes:g}min" + ("" if scale == Scale() else f"-{scale.key}"))
         self._regimes: dict[str, Regime] = {}
@@ -138,7 +144,7 @@ class Bench:
         if not file.is_file():
             return None
         found: dict[str, Any] = json.loads(file.read_text())
-        return found if found["digest"] == _digest_of("record") else None
+        return found if found["digest"] == _digest_of("record", cell.method) else None
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell, made if it is not there."""
@@ -148,7 +154,7 @@ class Bench:
         method, effort = self.trained(cell)
         made = {
             "cell": asdict(cell),
-            "digest": _digest_of("record"),
+            "digest": _digest_of("record", cell.method),
             "minutes": self.minutes,
             "effort": asdict(effort),
             "parameters": sum(p.numel() for p in method.module.parameters()),
@@ -163,13 +169,14 @@ class Bench:
         torch.manual_seed(cell.seed)
         method = factories()[cell.method](regime)
         file = self.weights(cell)
-        kept = _load(file, method)
+        digest = _digest_of("weights", cell.method)
+        kept = _load(file, method, digest)
         effort = kept or method.train(
             regime, seed=cell.seed, budget_s=self.budget_s, label=str(cell)
         )
         if kept is None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            about = {"digest": _digest_of("weights"), "effort": asdict(effort)}
+            about = {"digest": digest, "effort": asdict(effort)}
             tensors = {n: t.contiguous().clone() for n, t in method.module.state_dict().items()}
             partial = file.with_suffix(".partial")
             save_file(tensors, partial, metadata={"about": json.dumps(about)})
@@ -226,13 +233,13 @@ class Bench:
         return {**found, **summary(found["pairs"]), "judging_s": seconds}
 
 
-def _load(file: Path, method: Method) -> Effort | None:
+def _load(file: Path, method: Method, digest: str) -> Effort | None:
     """Fill a method from a file, if that is there and of this code."""
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as content:
         about = json.loads(content.metadata()["about"])
-        if about["digest"] != _digest_of("weights"):
+        if about["digest"] != digest:
             return None
         method.module.load_state_dict({n: content.get_tensor(n) for n in content.keys()})  # noqa: SIM118
     return Effort(**about["effort"])

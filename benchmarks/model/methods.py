@@ -184,6 +184,9 @@ def factories() -> Mapping[str, Factory]:
     }
 
 
+OF_SCENES = ("ours", "no_scene")
+"""Those that are made of the project's own model."""
+
 TRAINED = ("ours", "no_scene", "unet_split", "pix2pix_split", "unet_whole")
 """Those that spend the budget."""
 

@@ -44,7 +44,11 @@ def test_a_cell_is_reused_and_a_changed_digest_reruns_it(bench, monkeypatch):
     assert file.stat().st_mtime_ns == written
 
     original = cells._digest_of
-    monkeypatch.setattr(cells, "_digest_of", lambda what: original(what) + "x" * (what == "record"))
+    monkeypatch.setattr(
+        cells,
+        "_digest_of",
+        lambda what, method="": original(what, method) + "x" * (what == "record"),
+    )
     assert bench.find(cell) is None
     judged_again = bench.run(cell)
     assert file.stat().st_mtime_ns > written
@@ -52,7 +56,7 @@ def test_a_cell_is_reused_and_a_changed_digest_reruns_it(bench, monkeypatch):
     assert judged_again["effort"] == first["effort"]
     assert judged_again["pairs"] == first["pairs"]
 
-    monkeypatch.setattr(cells, "_digest_of", lambda what: original(what) + "y")
+    monkeypatch.setattr(cells, "_digest_of", lambda *of: original(*of) + "y")
     assert bench.run(cell)["effort"] != first["effort"]
 
 
