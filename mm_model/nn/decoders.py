@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,35 @@ from mm_model.nn.blocks import (
     unfold,
     zero_,
 )
+from mm_model.nn.pixels import PixelNetworks, Sureness, Waves
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
 
+class Context(NamedTuple):
+    """What D makes of all but the measurement x_t: each [B, C, H, W], float32.
+
+    Attributes:
+        mean: expected clean values, or class logits.
+        log_variance: of the values about `mean`, beside that of the data.
+        pixel: as `mean`, of each pixel's observed values alone; `mean` holds it, detached.
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+    pixel: Tensor
+
+
 class Decoder(nn.Module):
-    """D(x, t, present, wanted, z, conditions) → raw outputs: clean values, or class logits."""
+    """D(x, t, present, wanted, z, conditions) → expected clean values or logits, and how sure.
+
+    Args:
+        owner: modality of each channel, [C], of those that are not learnt later.
+    """
 
     def __init__(
         self,
-        channels: int,
-        modalities: int,
+        owner: Tensor,
         conditions: int,
         width: int,
         dim: int,
@@ -42,7 +61,9 @@ class Decoder(nn.Module):
         z: int,
     ) -> None:
         super().__init__()
+        channels, modalities = len(owner), int(owner.max()) + 1
         self.channels, self.modalities = channels, modalities
+        self.register_buffer("owner", owner, persistent=False)
         cell = FINE_STRIDE**2
         self.time = TimeFeatures()
         self.condition_in = nn.Linear(modalities * (self.time.width + 2) + conditions, dim)
@@ -73,6 +94,16 @@ class Decoder(nn.Module):
         self.fine_out = zero_(nn.Conv2d(self.fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
 
+        # Where the pixel tells all, the trunk can be silent. Sureness only watches: nothing else
+        # learns from it.
+        self.waves = Waves(channels)
+        self.pooled_waves = nn.Linear(self.waves.width, width)
+        self.pixel_networks = PixelNetworks(channels, modalities, owner)
+        self.loudness = zero_(nn.Linear(dim, channels))
+        self.sureness = Sureness(dim, width, channels)
+
+    owner: Tensor
+
     def forward(
         self,
         x: Tensor,
@@ -82,11 +113,12 @@ class Decoder(nn.Module):
         z: Tensor,
         conditions: Tensor,
         added: Iterable[Added] = (),
-    ) -> Tensor:
-        """Raw outputs [B, C, H, W], float32.
+    ) -> Context:
+        """Expected clean values or logits, how sure they are, and those of pixels alone.
 
         Args:
-            x: [B, C, H, W]: clean where present, at time t where wanted, 0 elsewhere.
+            x: [B, C, H, W]: clean where present, at time t and scaled by `posterior.gain` where
+                wanted, 0 elsewhere.
             t: [B, M] in [0, 1], the time of each modality; ignored where it is not wanted.
             present: bool [B, M, H, W], the pixels that are observed.
             wanted: bool [B, M, H, W], the pixels that are generated.
@@ -102,8 +134,12 @@ class Decoder(nn.Module):
 
         own, *later = split_channels(x, self.channels, added)
         pixels = to_tokens(own)
+        seen = pixels * to_tokens(present[:, self.owner])
+        waves = self.waves(seen)
         roles = F.avg_pool2d(torch.cat([present, wanted], 1), FINE_STRIDE)
         skip = self._first_features(pixels, roles, present.shape[1])
+        texture = F.avg_pool2d(to_image(waves), FINE_STRIDE)
+        skip = skip + to_image(self.pooled_waves(to_tokens(texture)))
         for index, (one, extra) in enumerate(zip(added, later, strict=True), self.modalities):
             pair = roles[:, [index, present.shape[1] + index]]
             skip = skip + one.decoder_input(extra, pair)
@@ -129,7 +165,15 @@ class Decoder(nn.Module):
         base = to_image(unfold(self.base(features), FINE_STRIDE))
         parts = [(base, self.fine_out(fine), to_image(self.coarse(scene)))]
         parts += [one.raw(features, fine, scene) for one in added]
-        return torch.cat([_sum(*part) for part in parts], 1) if added else _sum(*parts[0])
+        shown = present.amax((2, 3))[:, : self.modalities]
+        heads: list[Decoder | Added] = [self, *added]
+        contexts = []
+        for head, part in zip(heads, parts, strict=True):
+            pixel = head.pixel_networks(seen, waves, shown)
+            loudness = 1 + head.loudness(condition).float()[..., None, None]
+            mean = loudness * _sum(*part) + pixel.detach()
+            contexts.append(Context(mean, head.sureness(condition, features), pixel))
+        return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))
 
     def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:
         """Features at a quarter of the resolution, of `count` modalities those learnt first."""

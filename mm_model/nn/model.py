@@ -13,8 +13,9 @@ from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality
+from mm_model.nn import posterior
 from mm_model.nn.added import Added
-from mm_model.nn.decoders import Decoder
+from mm_model.nn.decoders import Context, Decoder
 from mm_model.nn.scene_encoder import Encoded, SceneEncoder
 from mm_model.nn.scene_flow import SceneFlow
 
@@ -56,6 +57,7 @@ class SceneModel(nn.Module):
 
     owner: Tensor
     settled: Tensor
+    is_class: Tensor
 
     def __init__(
         self,
@@ -101,9 +103,9 @@ class SceneModel(nn.Module):
         self.flow = SceneFlow(
             count, FEATURES, size.dim, size.flow_depth, size.heads, size.scene_channels
         )
+        owner = torch.tensor([i for i, m in enumerate(modalities) for _ in range(m.channels)])
         self.decoder = Decoder(
-            channels,
-            count,
+            owner[:channels],
             FEATURES,
             size.decoder_width,
             size.dim,
@@ -120,12 +122,14 @@ class SceneModel(nn.Module):
                     self.decoder.fine_width,
                     size.dim,
                     size.scene_channels,
+                    owner[:channels],
                 )
                 for m in self.modalities[first:]
             }
         )
-        owner = [i for i, m in enumerate(self.modalities) for _ in range(m.channels)]
-        self.register_buffer("owner", torch.tensor(owner), persistent=False)
+        self.register_buffer("owner", owner, persistent=False)
+        classes = torch.tensor([m.is_categorical for m in self.modalities])
+        self.register_buffer("is_class", classes[owner][:, None, None], persistent=False)
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
 
@@ -219,10 +223,36 @@ class SceneModel(nn.Module):
         z: Tensor,
         conditions: Tensor,
     ) -> Tensor:
-        """D: raw outputs (clean values, class logits); see `Decoder.forward`."""
-        return self.decoder(  # type: ignore[no-any-return]
-            x, t, present, wanted, z, conditions, self.added.values()
+        """D: raw outputs [B, C, H, W], float32: expected clean values, class logits.
+
+        Arguments as in `Decoder.forward`, but x is not scaled where it is wanted.
+        """
+        return self.understand(x, t, present, wanted, z, conditions)[0]
+
+    def understand(
+        self,
+        x: Tensor,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        z: Tensor,
+        conditions: Tensor,
+    ) -> tuple[Tensor, Context]:
+        """What `decode` gives, and the context that it follows from: for training."""
+        noisy = self.channelwise(wanted)
+        times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
+        x_t = torch.where(noisy, x, 0)
+        shown = torch.where(noisy, posterior.gain(times, posterior.DATA_VARIANCE) * x, x)
+        context: Context = self.decoder(
+            shown, t, present, wanted, z, conditions, self.added.values()
         )
+        variance = posterior.DATA_VARIANCE * context.log_variance.detach().exp()
+        raw = torch.where(
+            self.is_class,
+            posterior.posterior_logits(context.mean, x_t, times),
+            posterior.posterior_mean(context.mean, variance, x_t, times),
+        )
+        return raw, context
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""

@@ -17,7 +17,9 @@ from mm_model.conditions import GROUPS, OWNERS
 from mm_model.generative.loss import class_weight, cross_entropy, velocity_weight
 from mm_model.generative.noise import generator
 from mm_model.generative.path import interpolate
+from mm_model.nn.decoders import Context
 from mm_model.nn.model import SceneModel
+from mm_model.nn.posterior import DATA_VARIANCE
 
 EMPTY_SHARE = 0.10  # samples of which nothing is observed
 DIRECT_SHARE = 0.75  # samples whose decoder sees the observed pixels
@@ -148,14 +150,18 @@ def step_loss(
     times = model.channelwise(draws.t)[:, :, None, None]
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
-    raw = model.decode(shown, draws.t, present, wanted, scene, conditions)
+    raw, context = model.understand(shown, draws.t, present, wanted, scene, conditions)
     losses = target_losses(model, raw, x, wanted, draws.t)
+    # Both stand beside the rest: no weight learns from more than one of the three.
+    pixel = target_losses(model, context.pixel, x, wanted, torch.zeros_like(draws.t))
+    sureness = _sureness_loss(model, context, x, wanted)
 
     has = wanted.any(-1).any(-1).to(losses.dtype)
     decoder = (losses.sum(1) / has.sum(1).clamp_min(1)).mean()
     counts = has.sum(0)
     by_modality = losses.detach().sum(0) / counts.clamp_min(1)
-    return StepLoss(decoder + flow, flow.detach(), by_modality, counts)
+    total = decoder + flow + pixel.sum(1).mean() + sureness
+    return StepLoss(total, flow.detach(), by_modality, counts)
 
 
 class TrainingStep(nn.Module):
@@ -189,6 +195,15 @@ def target_losses(model: SceneModel, raw: Tensor, x: Tensor, wanted: Tensor, t: 
             total = (error[:, 0] * weight[:, index]).sum((1, 2))
             losses[:, index] = CLASS_LOSS * total * class_weight(t[:, index])
     return losses / pixels
+
+
+def _sureness_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood of the values about their expectation, which learns nothing of it."""
+    weight = model.channelwise(wanted) & ~model.is_class
+    squares = (x - context.mean.detach()).square() / DATA_VARIANCE
+    likelihood = squares * (-context.log_variance).exp() + context.log_variance
+    by_sample = (likelihood * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
+    return 0.5 * by_sample.mean()
 
 
 def _draw_one(

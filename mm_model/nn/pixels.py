@@ -1,0 +1,113 @@
+"""What the observed values of a pixel tell by themselves, and how sure an expectation is.
+
+In near infrared from colour, or land cover from it, most is told by the pixel alone. A network on
+random Fourier features learns that in seconds where convolutions take an hour; it has weights of
+its own for each target and a loss of its own, so that hard targets do not disturb easy ones
+(docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_model.nn.blocks import FINE_STRIDE, to_image, zero_
+
+WAVES = 32
+_FREQUENCY = 6.0  # standard deviation of the phase's slope, in radians a unit of model space
+WIDTH = 32  # hidden units of each target
+# Weights are kept that much smaller than they act, so that Adam's steps are as much larger: these
+# networks learn best at several times the rate of the others.
+RATE = 6.0
+
+_LOG_VARIANCE = (-8.0, 4.0)
+
+
+class Waves(nn.Module):
+    """Random Fourier features, [..., C] → [..., 2 · WAVES] (Tancik et al. 2020, arXiv 2006.10739).
+
+    Channels are summed, so that any subset of them has features of one width; absent ones are 0.
+    """
+
+    projection: Tensor
+    width = 2 * WAVES
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        drawn = torch.randn(channels, WAVES, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("projection", _FREQUENCY * drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # phases want more digits than bf16 has
+            phase = x.float() @ self.projection
+            return torch.cat([phase.sin(), phase.cos()], -1)
+
+
+class FastLinear(nn.Linear):
+    """A linear layer that learns `RATE` times as fast as others."""
+
+    def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
+        super().__init__(inputs, outputs)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0 if zero else 1 / RATE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, RATE * self.weight, RATE * self.bias)
+
+
+class PixelNetworks(nn.Module):
+    """One hidden layer for each target, on the observed values of a pixel.
+
+    Args:
+        channels: of all modalities.
+        modalities: their number.
+        owner: modality of each of the targets' channels.
+    """
+
+    own: Tensor
+
+    def __init__(self, channels: int, modalities: int, owner: Tensor) -> None:
+        super().__init__()
+        targets = int(owner.max()) + 1
+        hidden = targets * WIDTH
+        self.inner = FastLinear(channels + Waves.width, hidden)
+        self.presence = FastLinear(modalities, 2 * hidden)
+        self.outer = FastLinear(hidden, len(owner), zero=True)
+        unit = torch.arange(targets).repeat_interleave(WIDTH)
+        self.register_buffer("own", owner[:, None] == unit, persistent=False)
+
+    def forward(self, seen: Tensor, waves: Tensor, present: Tensor) -> Tensor:
+        """Values or logits, [B, channels of the targets, H, W].
+
+        Args:
+            seen: observed values [B, H, W, C], 0 where nothing is.
+            waves: `Waves` of them.
+            present: [B, M], which modalities are observed.
+        """
+        scale, shift = self.presence(present)[:, None, None].chunk(2, -1)
+        hidden = F.silu(self.inner(torch.cat([seen, waves], -1)) * (1 + scale) + shift)
+        weight = RATE * self.outer.weight * self.own
+        return to_image(F.linear(hidden, weight, RATE * self.outer.bias)).float()
+
+
+class Sureness(nn.Module):
+    """Log of the variance that values have about their expectation, beside the data's.
+
+    Args:
+        dim: width of the decoder's condition.
+        width: of its features at a quarter of the resolution.
+        channels: of the values.
+    """
+
+    def __init__(self, dim: int, width: int, channels: int) -> None:
+        super().__init__()
+        self.whole = zero_(nn.Linear(dim, channels))
+        self.local = zero_(nn.Linear(width, channels))
+
+    def forward(self, condition: Tensor, features: Tensor) -> Tensor:
+        """[B, C, H, W] of a condition [B, d] and features [B, H/4, W/4, width]."""
+        found = self.whole(condition.detach())[:, None, None] + self.local(features.detach())
+        coarse = to_image(found).float().clamp(*_LOG_VARIANCE)
+        return F.interpolate(coarse, scale_factor=FINE_STRIDE, mode="nearest")
