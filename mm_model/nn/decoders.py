@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         base = to_image(unfold(self.base(features), FINE_STRIDE))
         parts = [(base, self.fine_out(fine), to_image(self.coarse(scene)))]
         parts += [one.raw(features, fine, scene) for one in added]
-        shown = present.amax((2, 3))[:, : self.modalities]
+        shown = to_tokens(present[:, : self.modalities].to(x.dtype))
         heads: list[Decoder | Added] = [self, *added]
         contexts = []
         for head, part in zip(heads, parts, strict=True):

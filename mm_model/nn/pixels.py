@@ -72,8 +72,8 @@ class PixelNetworks(nn.Module):
         super().__init__()
         targets = int(owner.max()) + 1
         hidden = targets * WIDTH
-        self.inner = FastLinear(channels + Waves.width, hidden)
-        self.presence = FastLinear(modalities, 2 * hidden)
+        self.inner = FastLinear(channels + Waves.width + modalities, hidden)
+        self.scale = FastLinear(modalities, hidden)
         self.outer = FastLinear(hidden, len(owner), zero=True)
         unit = torch.arange(targets).repeat_interleave(WIDTH)
         self.register_buffer("own", owner[:, None] == unit, persistent=False)
@@ -84,10 +84,10 @@ class PixelNetworks(nn.Module):
         Args:
             seen: observed values [B, H, W, C], 0 where nothing is.
             waves: `Waves` of them.
-            present: [B, M], which modalities are observed.
+            present: [B, H, W, M], 1 where a modality is observed.
         """
-        scale, shift = self.presence(present)[:, None, None].chunk(2, -1)
-        hidden = F.silu(self.inner(torch.cat([seen, waves], -1)) * (1 + scale) + shift)
+        scale = 1 + self.scale(present.amax((1, 2)))[:, None, None]
+        hidden = F.silu(self.inner(torch.cat([seen, waves, present], -1)) * scale)
         weight = RATE * self.outer.weight * self.own
         return to_image(F.linear(hidden, weight, RATE * self.outer.bias)).float()
 

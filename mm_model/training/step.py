@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.conditions import GROUPS, OWNERS
@@ -24,6 +25,10 @@ from mm_model.nn.posterior import DATA_VARIANCE
 EMPTY_SHARE = 0.10  # samples of which nothing is observed
 DIRECT_SHARE = 0.75  # samples whose decoder sees the observed pixels
 TARGET_DROP = 0.35  # chance that a possible target is not wanted
+# Samples of which one observed modality has a hole, wanted beside the rest: what completes a layer
+# has to fit its surroundings.
+HOLE_SHARE = 0.2
+HOLE_CELL_PX = 16  # size of what holes look like
 SHARED_TIME_SHARE = 0.70  # samples with one time for all targets
 SCENE_DROP = 0.08  # samples whose decoder gets no scene
 CLASS_LOSS = 0.4  # weight of cross-entropy beside squares: at 1 the scene holds little but classes
@@ -45,6 +50,7 @@ class Draws:
         observed: bool [B, M], what the encoder sees.
         direct: bool [B, M], what of it the decoder sees, too.
         wanted: bool [B, M], what the decoder makes.
+        hole: bool [B, M, H, W], pixels of observed modalities that are not seen but wanted.
         t: [B, M], the decoder's times; t_scene: [B], the flow's.
         noise: [B, C, H, W]; noise_scene, noise_z: [B, S, h, w], the flow's and the decoder's.
         own_scene: bool [B], whether the decoder's scene is of the observed, not of all.
@@ -56,6 +62,7 @@ class Draws:
     observed: Tensor
     direct: Tensor
     wanted: Tensor
+    hole: Tensor
     t: Tensor
     t_scene: Tensor
     noise: Tensor
@@ -123,7 +130,9 @@ def step_loss(
         draws: from `draw`.
     """
     batch = len(x)
-    seen = mask & draws.observed[:, :, None, None]
+    observed = draws.observed[:, :, None, None]
+    known = mask & ~draws.hole
+    seen = known & observed
     conditions = conditions * draws.conditions_kept[:, OWNERS]
     # What is learnt later must not move the scene: the true one is of the settled modalities.
     whole = mask & model.settled[:, None, None]
@@ -145,8 +154,8 @@ def step_loss(
     noise = column(draws.scene_noise)
     scene = (1 - noise.square()).sqrt() * scene + noise * draws.noise_z
     scene = scene * column(draws.scene_kept)
-    present = mask & draws.direct[:, :, None, None]
-    wanted = mask & draws.wanted[:, :, None, None]
+    present = known & draws.direct[:, :, None, None]
+    wanted = mask & (draws.wanted[:, :, None, None] | (observed & draws.hole))
     times = model.channelwise(draws.t)[:, :, None, None]
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
@@ -240,10 +249,14 @@ def _draw_one(
     mean, deviation = FLOW_TIME
     t_scene = torch.sigmoid(mean + deviation * normal())
     told = uniform() < CONDITIONS_SHARE
+    hole = torch.zeros(count, height, width, dtype=torch.bool)
+    if size and uniform() < HOLE_SHARE:
+        hole[order[int(uniform() * size)]] = _blobs(source, height, width)
     return Draws(
         observed=observed,
         direct=direct,
         wanted=wanted,
+        hole=hole,
         t=t,
         t_scene=torch.where(uniform() < START_SHARE, 0, t_scene),
         noise=normal(model.codec.channels, height, width),
@@ -254,3 +267,12 @@ def _draw_one(
         scene_kept=uniform() >= SCENE_DROP,
         conditions_kept=told & (uniform(len(GROUPS)) < CONDITIONS_SHARE),
     )
+
+
+def _blobs(source: torch.Generator, height: int, width: int) -> Tensor:
+    """Bool [height, width]: a random share, from hardly any to nearly all, in blobs as of clouds."""
+    shape = (1, 1, -(-height // HOLE_CELL_PX) + 1, -(-width // HOLE_CELL_PX) + 1)
+    coarse = torch.randn(shape, generator=source)
+    field = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)[0, 0]
+    level = torch.rand((), generator=source)
+    return field < torch.quantile(field, level)
