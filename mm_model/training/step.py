@@ -270,7 +270,7 @@ def _draw_one(
 
 
 def _blobs(source: torch.Generator, height: int, width: int) -> Tensor:
-    """Bool [height, width]: a random share, from hardly any to nearly all, in blobs as of clouds."""
+    """Bool [height, width]: a random share, from hardly any to nearly all, in blobs like clouds."""
     shape = (1, 1, -(-height // HOLE_CELL_PX) + 1, -(-width // HOLE_CELL_PX) + 1)
     coarse = torch.randn(shape, generator=source)
     field = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)[0, 0]
