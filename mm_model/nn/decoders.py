@@ -24,7 +24,7 @@ from mm_model.nn.blocks import (
     unfold,
     zero_,
 )
-from mm_model.nn.pixels import PixelNetworks, Sureness, Waves
+from mm_model.nn.pixels import PixelNetworks, Trust, Waves
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
@@ -33,14 +33,17 @@ class Context(NamedTuple):
     """What D makes of all but the measurement x_t: each [B, C, H, W], float32.
 
     Attributes:
-        mean: expected clean values, or class logits.
+        mean: expected clean values, or class logits: `pixel` and the trusted share of what the
+            convolutions add to it. Trains that share alone.
         log_variance: of the values about `mean`, beside that of the data.
-        pixel: as `mean`, of each pixel's observed values alone; `mean` holds it, detached.
+        pixel: of each pixel's observed values alone.
+        whole: as `mean`, but with all that the convolutions add. Trains these alone.
     """
 
     mean: Tensor
     log_variance: Tensor
     pixel: Tensor
+    whole: Tensor
 
 
 class Decoder(nn.Module):
@@ -94,13 +97,10 @@ class Decoder(nn.Module):
         self.fine_out = zero_(nn.Conv2d(self.fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
 
-        # Where the pixel tells all, the trunk can be silent. Sureness only watches: nothing else
-        # learns from it.
         self.waves = Waves(channels)
         self.pooled_waves = nn.Linear(self.waves.width, width)
         self.pixel_networks = PixelNetworks(channels, modalities, owner)
-        self.loudness = zero_(nn.Linear(dim, channels))
-        self.sureness = Sureness(dim, width, channels)
+        self.trust = Trust(modalities, width, channels)
 
     owner: Tensor
 
@@ -166,13 +166,15 @@ class Decoder(nn.Module):
         parts = [(base, self.fine_out(fine), to_image(self.coarse(scene)))]
         parts += [one.raw(features, fine, scene) for one in added]
         shown = to_tokens(present[:, : self.modalities].to(x.dtype))
+        told = _told(present, wanted, t, self.modalities)
         heads: list[Decoder | Added] = [self, *added]
         contexts = []
         for head, part in zip(heads, parts, strict=True):
             pixel = head.pixel_networks(seen, waves, shown)
-            loudness = 1 + head.loudness(condition).float()[..., None, None]
-            mean = loudness * _sum(*part) + pixel.detach()
-            contexts.append(Context(mean, head.sureness(condition, features), pixel))
+            added_to_it, known = _sum(*part), pixel.detach()
+            share, log_variance = head.trust(told, features)
+            mean = known + share * added_to_it.detach()
+            contexts.append(Context(mean, log_variance, pixel, known + added_to_it))
         return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))
 
     def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:
@@ -197,6 +199,12 @@ class Decoder(nn.Module):
         for index, one in enumerate(added, m):
             inner = inner + one.decoder_condition(t[:, index], present[:, index], wanted[:, index])
         return self.condition_out(F.silu(inner))  # type: ignore[no-any-return]
+
+
+def _told(present: Tensor, wanted: Tensor, t: Tensor, count: int) -> Tensor:
+    """[B, 3 M] of the first M modalities: whether observed, whether wanted, the time if wanted."""
+    shown, asked = present.amax((2, 3))[:, :count], wanted.amax((2, 3))[:, :count]
+    return torch.cat([shown, asked, asked * t[:, :count]], 1)
 
 
 def _sum(base: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class SceneModel(nn.Module):
     owner: Tensor
     settled: Tensor
     is_class: Tensor
+    is_class_of: Tensor
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class SceneModel(nn.Module):
         self.register_buffer("owner", owner, persistent=False)
         classes = torch.tensor([m.is_categorical for m in self.modalities])
         self.register_buffer("is_class", classes[owner][:, None, None], persistent=False)
+        self.register_buffer("is_class_of", classes[:, None, None], persistent=False)
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
 
@@ -227,7 +229,8 @@ class SceneModel(nn.Module):
 
         Arguments as in `Decoder.forward`, but x is not scaled where it is wanted.
         """
-        return self.understand(x, t, present, wanted, z, conditions)[0]
+        context = self.understand(x, t, present, wanted, z, conditions)
+        return self.conclude(context.mean, context, x, t, wanted)
 
     def understand(
         self,
@@ -237,22 +240,28 @@ class SceneModel(nn.Module):
         wanted: Tensor,
         z: Tensor,
         conditions: Tensor,
-    ) -> tuple[Tensor, Context]:
-        """What `decode` gives, and the context that it follows from: for training."""
+    ) -> Context:
+        """What everything but x_t as a measurement tells; arguments as in `decode`."""
+        noisy = self.channelwise(wanted)
+        times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
+        shown = torch.where(noisy, posterior.gain(times, posterior.DATA_VARIANCE) * x, x)
+        return self.decoder(  # type: ignore[no-any-return]
+            shown, t, present, wanted, z, conditions, self.added.values()
+        )
+
+    def conclude(
+        self, mean: Tensor, context: Context, x: Tensor, t: Tensor, wanted: Tensor
+    ) -> Tensor:
+        """Raw outputs of an expectation, with what x_t measures."""
         noisy = self.channelwise(wanted)
         times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
         x_t = torch.where(noisy, x, 0)
-        shown = torch.where(noisy, posterior.gain(times, posterior.DATA_VARIANCE) * x, x)
-        context: Context = self.decoder(
-            shown, t, present, wanted, z, conditions, self.added.values()
-        )
         variance = posterior.DATA_VARIANCE * context.log_variance.detach().exp()
-        raw = torch.where(
+        return torch.where(
             self.is_class,
-            posterior.posterior_logits(context.mean, x_t, times),
-            posterior.posterior_mean(context.mean, variance, x_t, times),
+            posterior.posterior_logits(mean, x_t, times),
+            posterior.posterior_mean(mean, variance, x_t, times),
         )
-        return raw, context
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""

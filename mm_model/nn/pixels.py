@@ -21,6 +21,7 @@ WIDTH = 32  # hidden units of each target
 # networks learn best at several times the rate of the others.
 RATE = 6.0
 
+_TRUSTING = 2.0  # to begin with: a share of 0.88
 _LOG_VARIANCE = (-8.0, 4.0)
 
 
@@ -92,22 +93,34 @@ class PixelNetworks(nn.Module):
         return to_image(F.linear(hidden, weight, RATE * self.outer.bias)).float()
 
 
-class Sureness(nn.Module):
-    """Log of the variance that values have about their expectation, beside the data's.
+class Trust(nn.Module):
+    """How far the convolutions are to be trusted beside the pixel's network, and how far both.
+
+    It only watches, with a loss of its own: neither part learns from it.
 
     Args:
-        dim: width of the decoder's condition.
-        width: of its features at a quarter of the resolution.
+        modalities: of those that roles are told of.
+        width: of the decoder's features at a quarter of the resolution.
         channels: of the values.
     """
 
-    def __init__(self, dim: int, width: int, channels: int) -> None:
+    def __init__(self, modalities: int, width: int, channels: int) -> None:
         super().__init__()
-        self.whole = zero_(nn.Linear(dim, channels))
-        self.local = zero_(nn.Linear(width, channels))
+        self.hidden = FastLinear(3 * modalities, 2 * WIDTH)
+        self.whole = FastLinear(2 * WIDTH, 2 * channels, zero=True)
+        self.local = zero_(nn.Linear(width, 2 * channels))
 
-    def forward(self, condition: Tensor, features: Tensor) -> Tensor:
-        """[B, C, H, W] of a condition [B, d] and features [B, H/4, W/4, width]."""
-        found = self.whole(condition.detach())[:, None, None] + self.local(features.detach())
-        coarse = to_image(found).float().clamp(*_LOG_VARIANCE)
-        return F.interpolate(coarse, scale_factor=FINE_STRIDE, mode="nearest")
+    def forward(self, roles: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Share of the convolutions' output, in [0, 1], and log of the variance that values have
+        about the expectation, beside the data's: [B, C, H, W] each, float32.
+
+        Args:
+            roles: [B, 3 M]: for each modality, whether it is observed, whether wanted, and when.
+            features: [B, H/4, W/4, width].
+        """
+        told = self.whole(F.silu(self.hidden(roles)))[:, None, None]
+        found = to_image(told + self.local(features.detach())).float()
+        share, log_variance = F.interpolate(
+            found, scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False
+        ).chunk(2, 1)
+        return torch.sigmoid(_TRUSTING + share), log_variance.clamp(*_LOG_VARIANCE)

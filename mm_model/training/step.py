@@ -31,6 +31,7 @@ HOLE_SHARE = 0.2
 HOLE_CELL_PX = 16  # size of what holes look like
 SHARED_TIME_SHARE = 0.70  # samples with one time for all targets
 SCENE_DROP = 0.08  # samples whose decoder gets no scene
+MOST_PRECISE = 3.0  # log of the greatest weight of a value that is known well
 CLASS_LOSS = 0.4  # weight of cross-entropy beside squares: at 1 the scene holds little but classes
 # Greatest noise on the decoder's scene, beside observed pixels and alone. The true scene tells more
 # of the targets than any that the flow will find; a decoder that may trust it learns less of what
@@ -159,17 +160,21 @@ def step_loss(
     times = model.channelwise(draws.t)[:, :, None, None]
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
-    raw, context = model.understand(shown, draws.t, present, wanted, scene, conditions)
-    losses = target_losses(model, raw, x, wanted, draws.t)
-    # Both stand beside the rest: no weight learns from more than one of the three.
-    pixel = target_losses(model, context.pixel, x, wanted, torch.zeros_like(draws.t))
-    sureness = _sureness_loss(model, context, x, wanted)
+    context = model.understand(shown, draws.t, present, wanted, scene, conditions)
+    raw = model.conclude(context.whole, context, shown, draws.t, wanted)
+    # Errors beside what is usual for such a target seen from such sources (Kendall et al. 2018).
+    precision = (-context.log_variance.detach()).clamp_max(MOST_PRECISE).exp()
+    losses = target_losses(model, raw, x, wanted, draws.t, precision)
+    # These stand beside the rest: no weight learns from more than one of them.
+    start = torch.zeros_like(draws.t)
+    pixel = target_losses(model, context.pixel, x, wanted, start)
+    trust = _trust_loss(model, context, x, wanted)
 
     has = wanted.any(-1).any(-1).to(losses.dtype)
     decoder = (losses.sum(1) / has.sum(1).clamp_min(1)).mean()
     counts = has.sum(0)
     by_modality = losses.detach().sum(0) / counts.clamp_min(1)
-    total = decoder + flow + pixel.sum(1).mean() + sureness
+    total = decoder + flow + pixel.sum(1).mean() + trust
     return StepLoss(total, flow.detach(), by_modality, counts)
 
 
@@ -184,11 +189,22 @@ class TrainingStep(nn.Module):
         return step_loss(self.model, x, mask, conditions, draws)
 
 
-def target_losses(model: SceneModel, raw: Tensor, x: Tensor, wanted: Tensor, t: Tensor) -> Tensor:
-    """[B, M]: loss of each target, mean over its channels and wanted pixels; 0 without any."""
+def target_losses(
+    model: SceneModel,
+    raw: Tensor,
+    x: Tensor,
+    wanted: Tensor,
+    t: Tensor,
+    precision: Tensor | float = 1,
+) -> Tensor:
+    """[B, M]: loss of each target, mean over its channels and wanted pixels; 0 without any.
+
+    Args:
+        precision: [B, C, H, W], weight of squared errors.
+    """
     weight = wanted.to(raw.dtype)
     pixels = weight.sum((2, 3)).clamp_min(1)
-    squares = ((raw - x).square() * model.channelwise(weight)).sum((2, 3))  # [B, C]
+    squares = ((raw - x).square() * precision * model.channelwise(weight)).sum((2, 3))  # [B, C]
     shares = torch.zeros(len(model.owner), len(model.modalities), device=raw.device)
     for index, (modality, channels) in enumerate(
         zip(model.modalities, model.codec.slices.values(), strict=True)
@@ -206,13 +222,19 @@ def target_losses(model: SceneModel, raw: Tensor, x: Tensor, wanted: Tensor, t: 
     return losses / pixels
 
 
-def _sureness_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
-    """Negative log-likelihood of the values about their expectation, which learns nothing of it."""
+def _trust_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood of values and classes under the expectation and its variance.
+
+    So errors count beside what is usual for such a target seen from such sources: squares alone
+    would be those of the hard ones.
+    """
+    start = x.new_zeros(wanted.shape[:2])
+    classes = target_losses(model, context.mean, x, wanted & model.is_class_of, start) / CLASS_LOSS
     weight = model.channelwise(wanted) & ~model.is_class
-    squares = (x - context.mean.detach()).square() / DATA_VARIANCE
+    squares = (x - context.mean).square() / DATA_VARIANCE
     likelihood = squares * (-context.log_variance).exp() + context.log_variance
     by_sample = (likelihood * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
-    return 0.5 * by_sample.mean()
+    return 0.5 * by_sample.mean() + classes.sum(1).mean()
 
 
 def _draw_one(
