@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.nn.blocks import FINE_STRIDE, TimeFeatures, fold, to_image, to_tokens, unfold, zero_
-from mm_model.nn.pixels import PixelNetworks, Trust
+from mm_model.nn.pixels import PixelNetworks, Sureness
 
 
 class Added(nn.Module):
@@ -53,7 +53,7 @@ class Added(nn.Module):
         self.coarse = zero_(nn.Linear(z, channels))
         owner = torch.zeros(channels, dtype=torch.long)
         self.pixel_networks = PixelNetworks(len(first), modalities, owner)
-        self.trust = Trust(modalities, decoder_width, channels)
+        self.sureness = Sureness(modalities, decoder_width, channels)
 
     def encoder_input(self, x: Tensor, mask: Tensor) -> Tensor:
         """What the encoder's first features gain: [B, width, H/4, W/4].

@@ -24,26 +24,25 @@ from mm_model.nn.blocks import (
     unfold,
     zero_,
 )
-from mm_model.nn.pixels import PixelNetworks, Trust, Waves
+from mm_model.nn.pixels import PixelNetworks, Sureness, Waves
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
 
 class Context(NamedTuple):
-    """What D makes of all but the measurement x_t: each [B, C, H, W], float32.
+    """What D makes of all but the measurement x_t; float32.
 
     Attributes:
-        mean: expected clean values, or class logits: `pixel` and the trusted share of what the
-            convolutions add to it. Trains that share alone.
-        log_variance: of the values about `mean`, beside that of the data.
-        pixel: of each pixel's observed values alone.
-        whole: as `mean`, but with all that the convolutions add. Trains these alone.
+        mean: expected clean values, or class logits, [B, C, H, W].
+        log_variance: of the values about `mean`, beside that of the data, [B, C, H, W].
+        log_scales: the same of each scale of `posterior.SCALES_PX`, [B, C, scales].
+        pixel: as `mean`, of each pixel's observed values alone. Trains that part alone.
     """
 
     mean: Tensor
     log_variance: Tensor
+    log_scales: Tensor
     pixel: Tensor
-    whole: Tensor
 
 
 class Decoder(nn.Module):
@@ -100,7 +99,7 @@ class Decoder(nn.Module):
         self.waves = Waves(channels)
         self.pooled_waves = nn.Linear(self.waves.width, width)
         self.pixel_networks = PixelNetworks(channels, modalities, owner)
-        self.trust = Trust(modalities, width, channels)
+        self.sureness = Sureness(modalities, width, channels)
 
     owner: Tensor
 
@@ -129,7 +128,7 @@ class Decoder(nn.Module):
         added = tuple(added)
         present, wanted = present.to(x.dtype), wanted.to(x.dtype)
         condition = self._condition(t, present.amax((2, 3)), wanted.amax((2, 3)), conditions, added)
-        modulation = self.modulation(condition).view(len(x), 6, -1)
+        modulation = self.modulation(condition).unflatten(1, (6, -1))
         condition = F.silu(condition + self.mean_scene(z.mean((2, 3))))
 
         own, *later = split_channels(x, self.channels, added)
@@ -171,10 +170,8 @@ class Decoder(nn.Module):
         contexts = []
         for head, part in zip(heads, parts, strict=True):
             pixel = head.pixel_networks(seen, waves, shown)
-            added_to_it, known = _sum(*part), pixel.detach()
-            share, log_variance = head.trust(told, features)
-            mean = known + share * added_to_it.detach()
-            contexts.append(Context(mean, log_variance, pixel, known + added_to_it))
+            mean = pixel.detach() + _sum(*part)
+            contexts.append(Context(mean, *head.sureness(told, features), pixel))
         return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))
 
     def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:

@@ -58,7 +58,6 @@ class SceneModel(nn.Module):
     owner: Tensor
     settled: Tensor
     is_class: Tensor
-    is_class_of: Tensor
 
     def __init__(
         self,
@@ -131,7 +130,6 @@ class SceneModel(nn.Module):
         self.register_buffer("owner", owner, persistent=False)
         classes = torch.tensor([m.is_categorical for m in self.modalities])
         self.register_buffer("is_class", classes[owner][:, None, None], persistent=False)
-        self.register_buffer("is_class_of", classes[:, None, None], persistent=False)
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
 
@@ -230,7 +228,7 @@ class SceneModel(nn.Module):
         Arguments as in `Decoder.forward`, but x is not scaled where it is wanted.
         """
         context = self.understand(x, t, present, wanted, z, conditions)
-        return self.conclude(context.mean, context, x, t, wanted)
+        return self.conclude(context, x, t, wanted)
 
     def understand(
         self,
@@ -249,18 +247,16 @@ class SceneModel(nn.Module):
             shown, t, present, wanted, z, conditions, self.added.values()
         )
 
-    def conclude(
-        self, mean: Tensor, context: Context, x: Tensor, t: Tensor, wanted: Tensor
-    ) -> Tensor:
-        """Raw outputs of an expectation, with what x_t measures."""
+    def conclude(self, context: Context, x: Tensor, t: Tensor, wanted: Tensor) -> Tensor:
+        """Raw outputs: what the context tells, with what x_t measures."""
         noisy = self.channelwise(wanted)
-        times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
+        times = self.channelwise(t)[:, :, None, None]
         x_t = torch.where(noisy, x, 0)
-        variance = posterior.DATA_VARIANCE * context.log_variance.detach().exp()
+        variances = posterior.DATA_VARIANCE * context.log_scales.exp()
         return torch.where(
             self.is_class,
-            posterior.posterior_logits(mean, x_t, times),
-            posterior.posterior_mean(mean, variance, x_t, times),
+            posterior.posterior_logits(context.mean, x_t, torch.where(noisy, times, 0)),
+            posterior.posterior_mean(context.mean, variances, x_t, times, noisy),
         )
 
     def estimate(self, raw: Tensor) -> Tensor:

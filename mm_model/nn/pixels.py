@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.nn.blocks import FINE_STRIDE, to_image, zero_
+from mm_model.nn.posterior import SCALES_PX
 
 WAVES = 32
 _FREQUENCY = 6.0  # standard deviation of the phase's slope, in radians a unit of model space
@@ -21,8 +22,8 @@ WIDTH = 32  # hidden units of each target
 # networks learn best at several times the rate of the others.
 RATE = 6.0
 
-_TRUSTING = 2.0  # to begin with: a share of 0.88
 _LOG_VARIANCE = (-8.0, 4.0)
+_SCALES = torch.tensor([-1.5, -0.5, 0.5, 2.0])  # to begin with: structure is larger than a pixel
 
 
 class Waves(nn.Module):
@@ -93,10 +94,8 @@ class PixelNetworks(nn.Module):
         return to_image(F.linear(hidden, weight, RATE * self.outer.bias)).float()
 
 
-class Trust(nn.Module):
-    """How far the convolutions are to be trusted beside the pixel's network, and how far both.
-
-    It only watches, with a loss of its own: neither part learns from it.
+class Sureness(nn.Module):
+    """How far values may depart from what is expected of them.
 
     Args:
         modalities: of those that roles are told of.
@@ -106,21 +105,22 @@ class Trust(nn.Module):
 
     def __init__(self, modalities: int, width: int, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.hidden = FastLinear(3 * modalities, 2 * WIDTH)
-        self.whole = FastLinear(2 * WIDTH, 2 * channels, zero=True)
-        self.local = zero_(nn.Linear(width, 2 * channels))
+        self.whole = FastLinear(2 * WIDTH, channels * (1 + len(SCALES_PX)), zero=True)
+        self.local = zero_(nn.Linear(width, channels))
 
     def forward(self, roles: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Share of the convolutions' output, in [0, 1], and log of the variance that values have
-        about the expectation, beside the data's: [B, C, H, W] each, float32.
+        """Logarithms of variances, beside the data's: of each value [B, C, H, W], with a loss of
+        its own, and of each of `posterior.SCALES_PX` [B, C, scales]; float32.
 
         Args:
             roles: [B, 3 M]: for each modality, whether it is observed, whether wanted, and when.
             features: [B, H/4, W/4, width].
         """
-        told = self.whole(F.silu(self.hidden(roles)))[:, None, None]
-        found = to_image(told + self.local(features.detach())).float()
-        share, log_variance = F.interpolate(
-            found, scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False
-        ).chunk(2, 1)
-        return torch.sigmoid(_TRUSTING + share), log_variance.clamp(*_LOG_VARIANCE)
+        told = self.whole(F.silu(self.hidden(roles))).float()
+        whole, scales = told[:, : self.channels], told[:, self.channels :]
+        found = to_image(whole[:, None, None] + self.local(features.detach()).float())
+        found = F.interpolate(found, scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False)
+        scales = scales.view(len(scales), self.channels, -1) + _SCALES.to(scales)
+        return found.clamp(*_LOG_VARIANCE), scales.clamp(*_LOG_VARIANCE)

@@ -7,9 +7,11 @@ context alone.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 DATA_VARIANCE = 0.45  # of a channel in model space, about
+SCALES_PX = (1, 2, 4, 8)
 _MIN_REMAINING_TIME = 0.05  # of likelihoods: nobody is asked closer to the end
 
 
@@ -18,10 +20,35 @@ def gain(t: Tensor, variance: Tensor | float) -> Tensor:
     return t * variance / (t.square() * variance + (1 - t).square())
 
 
-def posterior_mean(mean: Tensor, variance: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """E[x | x_t] = m + g·(x_t − t·m) for x ~ N(m, s²); shapes broadcast."""
-    g = gain(t, variance)
-    return mean * (1 - t * g) + g * x_t
+def posterior_mean(mean: Tensor, variances: Tensor, x_t: Tensor, t: Tensor, where: Tensor) -> Tensor:
+    """E[x | x_t] for an x that departs from its expectation m by more the coarser one looks.
+
+    The measured departure x_t − t·m is split into what averages of 2, 4 and 8 px leave and these
+    averages, in each of which noise is white and x has a variance s² of its own, and each counts
+    with its Wiener gain. So the level of a field is known early, when its pixels are still noise;
+    were all scales one, the convolutions would have to learn that, and overshoot until they have.
+
+    Args:
+        mean: m, [B, C, H, W]; sides are multiples of the coarsest scale.
+        variances: s² of each scale, [B, C, len(SCALES_PX)], finest first.
+        x_t, t: the measurement and its time, [B, C, H, W] and [B, C, 1, 1].
+        where: bool [B, C, H, W], the pixels that are measured.
+    """
+    weight = where.to(mean.dtype)
+    departure = (x_t - t * mean) * weight
+    gains = gain(t[..., None], variances[:, :, None, None]).unbind(-1)
+    result, finer = mean, departure
+    for side, finer_gain in zip(SCALES_PX[1:], gains, strict=False):
+        share = F.avg_pool2d(weight, side).clamp_min(1e-6)
+        coarser = F.interpolate(
+            F.avg_pool2d(departure, side) / share,
+            scale_factor=side,
+            mode="bilinear",
+            align_corners=False,
+        )
+        result = result + finer_gain * (finer - coarser)
+        finer = coarser
+    return result + gains[-1] * finer
 
 
 def posterior_logits(logits: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

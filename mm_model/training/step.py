@@ -23,7 +23,7 @@ from mm_model.nn.model import SceneModel
 from mm_model.nn.posterior import DATA_VARIANCE
 
 EMPTY_SHARE = 0.10  # samples of which nothing is observed
-DIRECT_SHARE = 0.75  # samples whose decoder sees the observed pixels
+DIRECT_SHARE = 0.85  # samples whose decoder sees the observed pixels
 TARGET_DROP = 0.35  # chance that a possible target is not wanted
 # Samples of which one observed modality has a hole, wanted beside the rest: what completes a layer
 # has to fit its surroundings.
@@ -54,7 +54,8 @@ class Draws:
         hole: bool [B, M, H, W], pixels of observed modalities that are not seen but wanted.
         t: [B, M], the decoder's times; t_scene: [B], the flow's.
         noise: [B, C, H, W]; noise_scene, noise_z: [B, S, h, w], the flow's and the decoder's.
-        own_scene: bool [B], whether the decoder's scene is of the observed, not of all.
+        own_scene: bool [B], whether the decoder's scene is of the observed, not of all; true of
+            every other sample, which are those that the flow learns from.
         scene_noise: [B], amount of noise on the decoder's scene.
         scene_kept: bool [B], False where the decoder gets no scene.
         conditions_kept: bool [B, G], which parts of the conditions flow and decoder see.
@@ -108,7 +109,14 @@ def draw(model: SceneModel, seed: int, step: int, indices: Sequence[int], mask: 
     available = mask.any(-1).any(-1).cpu()
     frame = mask.shape[2:]
     rows = [
-        _draw_one(model, generator("step", seed, step, index), have, (int(frame[0]), int(frame[1])))
+        _draw_one(
+            model,
+            generator("step", seed, step, index),
+            have,
+            (int(frame[0]), int(frame[1])),
+            # By turns, so that every step costs the same.
+            own_scene=(step + index) % 2 == 0,
+        )
         for index, have in zip(indices, available, strict=True)
     ]
     stacked = (torch.stack([getattr(r, f.name) for r in rows]) for f in fields(Draws))
@@ -130,27 +138,29 @@ def step_loss(
         conditions: [B, K], features of `mm_model.conditions`.
         draws: from `draw`.
     """
-    batch = len(x)
     observed = draws.observed[:, :, None, None]
     known = mask & ~draws.hole
     seen = known & observed
     conditions = conditions * draws.conditions_kept[:, OWNERS]
     # What is learnt later must not move the scene: the true one is of the settled modalities.
     whole = mask & model.settled[:, None, None]
-    h, z = model.encode(torch.cat([x, x]), torch.cat([whole, seen]))
-    z_all, (h_seen, z_seen) = z[:batch], (h[batch:], z[batch:])
-
-    clean = z_all.detach()
-    t = draws.t_scene[:, None, None, None]
-    z_t = interpolate(clean, draws.noise_scene, t)
-    share = seen.float().mean((2, 3))
-    z_hat = model.estimate_scene(z_t, draws.t_scene, h_seen, share, conditions)
-    flow = ((z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(draws.t_scene)).mean()
 
     def column(v: Tensor) -> Tensor:
         return v[:, None, None, None]
 
-    scene = torch.where(column(draws.own_scene), z_seen, z_all)
+    # Each sample is encoded once: from all that there is, for the decoder alone, or from what is
+    # observed, for the decoder and for the flow, whose target learns nothing from it.
+    own = draws.own_scene
+    h, scene = model.encode(x, torch.where(column(own), seen, whole))
+    with torch.no_grad():
+        _, clean = model.encode(x[own], whole[own])
+    t_scene = draws.t_scene[own]
+    z_t = interpolate(clean, draws.noise_scene[own], column(t_scene))
+    share = seen[own].float().mean((2, 3))
+    z_hat = model.estimate_scene(z_t, t_scene, h[own], share, conditions[own])
+    squares = (z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(t_scene)
+    flow = 2 * squares.sum() / len(x)
+
     # Of unchanged length, so that the decoder cannot tell how noisy a scene is.
     noise = column(draws.scene_noise)
     scene = (1 - noise.square()).sqrt() * scene + noise * draws.noise_z
@@ -161,20 +171,22 @@ def step_loss(
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
     context = model.understand(shown, draws.t, present, wanted, scene, conditions)
-    raw = model.conclude(context.whole, context, shown, draws.t, wanted)
+    raw = model.conclude(context, shown, draws.t, wanted)
     # Errors beside what is usual for such a target seen from such sources (Kendall et al. 2018).
     precision = (-context.log_variance.detach()).clamp_max(MOST_PRECISE).exp()
     losses = target_losses(model, raw, x, wanted, draws.t, precision)
     # These stand beside the rest: no weight learns from more than one of them.
     start = torch.zeros_like(draws.t)
     pixel = target_losses(model, context.pixel, x, wanted, start)
-    trust = _trust_loss(model, context, x, wanted)
+    sureness = _sureness_loss(model, context, x, wanted)
 
     has = wanted.any(-1).any(-1).to(losses.dtype)
     decoder = (losses.sum(1) / has.sum(1).clamp_min(1)).mean()
     counts = has.sum(0)
-    by_modality = losses.detach().sum(0) / counts.clamp_min(1)
-    total = decoder + flow + pixel.sum(1).mean() + trust
+    with torch.no_grad():
+        plain = target_losses(model, raw, x, wanted, draws.t)
+    by_modality = plain.sum(0) / counts.clamp_min(1)
+    total = decoder + flow + pixel.sum(1).mean() + sureness
     return StepLoss(total, flow.detach(), by_modality, counts)
 
 
@@ -222,23 +234,22 @@ def target_losses(
     return losses / pixels
 
 
-def _trust_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
-    """Negative log-likelihood of values and classes under the expectation and its variance.
-
-    So errors count beside what is usual for such a target seen from such sources: squares alone
-    would be those of the hard ones.
-    """
-    start = x.new_zeros(wanted.shape[:2])
-    classes = target_losses(model, context.mean, x, wanted & model.is_class_of, start) / CLASS_LOSS
+def _sureness_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood of the values' variances about what is expected of them."""
     weight = model.channelwise(wanted) & ~model.is_class
-    squares = (x - context.mean).square() / DATA_VARIANCE
+    squares = (x - context.mean.detach()).square() / DATA_VARIANCE
     likelihood = squares * (-context.log_variance).exp() + context.log_variance
     by_sample = (likelihood * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
-    return 0.5 * by_sample.mean() + classes.sum(1).mean()
+    return 0.5 * by_sample.mean()
 
 
 def _draw_one(
-    model: SceneModel, source: torch.Generator, available: Tensor, frame: tuple[int, int]
+    model: SceneModel,
+    source: torch.Generator,
+    available: Tensor,
+    frame: tuple[int, int],
+    *,
+    own_scene: bool,
 ) -> Draws:
     """The draws of one sample, without the batch dimension."""
     count, (height, width) = len(model.modalities), frame
@@ -284,7 +295,7 @@ def _draw_one(
         noise=normal(model.codec.channels, height, width),
         noise_scene=normal(*scene),
         noise_z=normal(*scene),
-        own_scene=uniform() < 0.5,
+        own_scene=torch.tensor(own_scene),
         scene_noise=most * uniform(),
         scene_kept=uniform() >= SCENE_DROP,
         conditions_kept=told & (uniform(len(GROUPS)) < CONDITIONS_SHARE),
