@@ -35,7 +35,7 @@ class Context(NamedTuple):
     Attributes:
         mean: expected clean values, or class logits, [B, C, H, W].
         log_variance: of the values about `mean`, beside that of the data, [B, C, H, W].
-        log_scales: the same of each scale of `posterior.SCALES_PX`, [B, C, scales].
+        log_scales: of what each scale of x_t counts for, beside its first, [B, C, scales].
         pixel: as `mean`, of each pixel's observed values alone. Trains that part alone.
     """
 

@@ -252,12 +252,8 @@ class SceneModel(nn.Module):
         noisy = self.channelwise(wanted)
         times = self.channelwise(t)[:, :, None, None]
         x_t = torch.where(noisy, x, 0)
-        variances = posterior.DATA_VARIANCE * context.log_scales.exp()
-        return torch.where(
-            self.is_class,
-            posterior.posterior_logits(context.mean, x_t, torch.where(noisy, times, 0)),
-            posterior.posterior_mean(context.mean, variances, x_t, times, noisy),
-        )
+        scales = context.log_scales.exp()
+        return posterior.with_measurement(context.mean, scales, x_t, times, noisy, self.is_class)
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""

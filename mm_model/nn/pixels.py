@@ -23,7 +23,7 @@ WIDTH = 32  # hidden units of each target
 RATE = 6.0
 
 _LOG_VARIANCE = (-8.0, 4.0)
-_SCALES = torch.tensor([-1.5, -0.5, 0.5, 2.0])  # to begin with: structure is larger than a pixel
+_LOG_SCALES = (-6.0, 6.0)
 
 
 class Waves(nn.Module):
@@ -111,8 +111,8 @@ class Sureness(nn.Module):
         self.local = zero_(nn.Linear(width, channels))
 
     def forward(self, roles: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of variances, beside the data's: of each value [B, C, H, W], with a loss of
-        its own, and of each of `posterior.SCALES_PX` [B, C, scales]; float32.
+        """Logarithms, float32: of the variance of each value beside the data's, [B, C, H, W], with
+        a loss of its own; of each scale's variance or weight beside its first, [B, C, scales].
 
         Args:
             roles: [B, 3 M]: for each modality, whether it is observed, whether wanted, and when.
@@ -122,5 +122,5 @@ class Sureness(nn.Module):
         whole, scales = told[:, : self.channels], told[:, self.channels :]
         found = to_image(whole[:, None, None] + self.local(features.detach()).float())
         found = F.interpolate(found, scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False)
-        scales = scales.view(len(scales), self.channels, -1) + _SCALES.to(scales)
-        return found.clamp(*_LOG_VARIANCE), scales.clamp(*_LOG_VARIANCE)
+        scales = scales.unflatten(1, (self.channels, -1))
+        return found.clamp(*_LOG_VARIANCE), scales.clamp(*_LOG_SCALES)

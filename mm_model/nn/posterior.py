@@ -7,11 +7,13 @@ context alone.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 DATA_VARIANCE = 0.45  # of a channel in model space, about
 SCALES_PX = (1, 2, 4, 8)
+SCALE_VARIANCES = (0.1, 0.27, 0.74, 3.3)  # to begin with: structure is larger than a pixel
 _MIN_REMAINING_TIME = 0.05  # of likelihoods: nobody is asked closer to the end
 
 
@@ -20,37 +22,45 @@ def gain(t: Tensor, variance: Tensor | float) -> Tensor:
     return t * variance / (t.square() * variance + (1 - t).square())
 
 
-def posterior_mean(mean: Tensor, variances: Tensor, x_t: Tensor, t: Tensor, where: Tensor) -> Tensor:
-    """E[x | x_t] for an x that departs from its expectation m by more the coarser one looks.
+def with_measurement(
+    expected: Tensor, scales: Tensor, x_t: Tensor, t: Tensor, where: Tensor, is_class: Tensor
+) -> Tensor:
+    """What is expected of x, and what x_t measures of it.
 
-    The measured departure x_t − t·m is split into what averages of 2, 4 and 8 px leave and these
-    averages, in each of which noise is white and x has a variance s² of its own, and each counts
-    with its Wiener gain. So the level of a field is known early, when its pixels are still noise;
-    were all scales one, the convolutions would have to learn that, and overshoot until they have.
+    Neighbouring pixels depart together from what is expected of them, and share their class. So
+    what is measured is split into what averages of 2, 4 and 8 px leave and these averages, and each
+    counts for itself: the level of a field is known early, when its pixels are still noise. Were
+    all scales one, the convolutions would have to learn that, and overshoot until they have.
+
+    Values are the mean of two Gaussians, m + g·(x_t − t·m) with the `gain` of the scale; logits
+    gain the likelihood of one-hot classes, t·x_t / (1 − t)² up to a constant, weighed by scale.
 
     Args:
-        mean: m, [B, C, H, W]; sides are multiples of the coarsest scale.
-        variances: s² of each scale, [B, C, len(SCALES_PX)], finest first.
-        x_t, t: the measurement and its time, [B, C, H, W] and [B, C, 1, 1].
+        expected: m or logits, [B, C, H, W]; sides are multiples of the coarsest scale.
+        scales: of values their variance, beside `SCALE_VARIANCES`, of classes the weight of the
+            likelihood; [B, C, scales], finest first.
+        x_t: the measurement, [B, C, H, W].
+        t: its time, [B, C, 1, 1].
         where: bool [B, C, H, W], the pixels that are measured.
+        is_class: bool [C, 1, 1].
     """
-    weight = where.to(mean.dtype)
-    departure = (x_t - t * mean) * weight
-    gains = gain(t[..., None], variances[:, :, None, None]).unbind(-1)
-    result, finer = mean, departure
-    for side, finer_gain in zip(SCALES_PX[1:], gains, strict=False):
-        share = F.avg_pool2d(weight, side).clamp_min(1e-6)
-        coarser = F.interpolate(
-            F.avg_pool2d(departure, side) / share,
-            scale_factor=side,
-            mode="bilinear",
-            align_corners=False,
+    likelihood = x_t * t / (1 - t).clamp_min(_MIN_REMAINING_TIME).square()
+    measured = torch.where(is_class, likelihood, x_t - t * expected)
+    gains = gain(t[..., 0], scales * scales.new_tensor(SCALE_VARIANCES))
+    weights = torch.where(is_class[..., 0], scales, gains)[:, :, None, None].unbind(-1)
+    known = where.to(measured.dtype)
+    levels = [measured * known]
+    for _ in SCALES_PX[1:]:
+        coarser = F.avg_pool2d(known, 2)
+        levels.append(F.avg_pool2d(levels[-1] * known, 2) / coarser.clamp_min(1e-6))
+        known = coarser
+    # A Laplacian pyramid, put together again from its coarsest level (Burt and Adelson 1983).
+    coarser = levels[-1]
+    told = weights[-1] * coarser
+    for level, weight in zip(levels[-2::-1], weights[-2::-1], strict=True):
+        finer = told - weight * coarser
+        told = weight * level + F.interpolate(
+            finer, scale_factor=2, mode="bilinear", align_corners=False
         )
-        result = result + finer_gain * (finer - coarser)
-        finer = coarser
-    return result + gains[-1] * finer
-
-
-def posterior_logits(logits: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Logits plus the log-likelihood of one-hot classes, t·x_t / (1 − t)² up to a constant."""
-    return logits + x_t * t / (1 - t).clamp_min(_MIN_REMAINING_TIME).square()
+        coarser = level
+    return expected + told * where

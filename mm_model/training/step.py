@@ -212,6 +212,11 @@ def target_losses(
     """[B, M]: loss of each target, mean over its channels and wanted pixels; 0 without any.
 
     Args:
+        model: whose targets they are.
+        raw: expected values or logits, [B, C, H, W].
+        x: the clean ones, in model space.
+        wanted: bool [B, M, H, W], the pixels that count.
+        t: [B, M], when they were expected.
         precision: [B, C, H, W], weight of squared errors.
     """
     weight = wanted.to(raw.dtype)
