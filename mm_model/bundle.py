@@ -30,7 +30,7 @@ from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import Modality
 from mm_model.nn.model import SceneModel
 
-FORMAT = 2  # 1: elevation had one channel a band
+FORMAT = 3  # 1: elevation had one channel a band; 2: the decoder read x_t without a closed form
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 _MODEL_KEYS = {"size", "modalities", "added", "seen_sets", "patch_px"}
 _KEYS = {

@@ -170,8 +170,8 @@ class Decoder(nn.Module):
         contexts = []
         for head, part in zip(heads, parts, strict=True):
             pixel = head.pixel_networks(seen, waves, shown)
-            mean = pixel.detach() + _sum(*part)
-            contexts.append(Context(mean, *head.sureness(told, features), pixel))
+            log_variance, log_scales = head.sureness(told, features)
+            contexts.append(Context(pixel.detach() + _sum(*part), log_variance, log_scales, pixel))
         return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))
 
     def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:
