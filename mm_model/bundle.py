@@ -247,7 +247,12 @@ def _check_keys(record: Any, expected: set[str], where: str) -> None:
 
 def _parse_manifest(record: Any, file: Path) -> Manifest:
     if isinstance(record, dict) and record.get("format") != FORMAT:
-        raise BundleError(f"format of {file}", got=record.get("format"), allowed=FORMAT)
+        raise BundleError(
+            f"format of {file}",
+            got=record.get("format"),
+            allowed=FORMAT,
+            remedy="train it again, or load it with the version of mm_model that made it",
+        )
     _check_keys(record, _KEYS, str(file))
     _check_keys(record["model"], _MODEL_KEYS, f"{file}: model")
     expected = _bundle_id(record)

@@ -208,8 +208,8 @@ def test_a_missing_field_is_named(bundle_dir, field):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda r: r.update(format=1), "format"),
-        (lambda r: r.update(format=3), "format"),
+        (lambda r: r.update(format=FORMAT - 1), "format"),
+        (lambda r: r.update(format=FORMAT + 1), "format"),
         (lambda r: r.update(extra=1), "unknown extra"),
         (lambda r: r["model"].update(extra=1), "unknown extra"),
         (lambda r: r["model"].pop("patch_px"), "lacks patch_px"),
