@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, model_validator
 
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality, select
@@ -221,6 +221,9 @@ class ServeConfig(Section):
     max_samples: PositiveInt
     deadline_s: PositiveFloat
     alias_poll_s: PositiveFloat
+    traces_url: HttpUrl | None = Field(
+        None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
+    )
 
 
 class Params(Section):

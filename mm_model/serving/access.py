@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -25,15 +23,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_model.api import PROBLEM, problem_of
 from mm_model.errors import ConfigError, ForbiddenError, MMError, UnauthenticatedError
+from mm_model.serving.front import request_id_of
 
 KEYS, KEYS_FILE = "MM_API_KEYS", "MM_API_KEYS_FILE"
 """Variables that hold the lines of keys (";" stands for a line's end), or name their file."""
 
 AUDIT = logging.getLogger("mm_model.audit")
-"""A line of JSON for each request: who, what, how it ended; nothing of what was sent."""
+"""A record for each request, its facts as attributes: who, what, how it ended; nothing of what was
+sent."""
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # probes ask them, and they tell nothing
-_HEADERS: Mapping[str, str] = {
+SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -154,10 +154,13 @@ class Guard:
     Args:
         app: what answers.
         keys: who may ask; empty: anybody.
+        on_refused: told the code of each problem that a request is refused with here.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(
+        self, app: ASGIApp, keys: Keys, on_refused: Callable[[str], object] = lambda _: None
+    ) -> None:
+        self._app, self._keys, self._on_refused = app, keys, on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -173,7 +176,7 @@ class Guard:
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
-                MutableHeaders(scope=message).update(_HEADERS)
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
             seen.sent += len(message.get("body", b""))
             await send(message)
 
@@ -182,9 +185,11 @@ class Guard:
             seen.key = key.name if key else None
             self._check(seen.path, key)
         except MMError as error:
+            self._on_refused(error.code)
+            problem = problem_of(error, request_id_of(scope))
             answer = JSONResponse(
-                problem_of(error).model_dump(exclude_none=True),
-                status_code=problem_of(error).status,
+                problem.model_dump(exclude_none=True),
+                status_code=problem.status,
                 media_type=PROBLEM,
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -232,18 +237,21 @@ class _Seen:
 
     def log(self) -> None:
         client = self._scope.get("client")
-        line: MutableMapping[str, Any] = {
-            "client": client[0] if client else None,
-            "key": self.key,
-            "method": self._scope["method"] if self.path in _KNOWN else "other",
-            # A path that nobody declared is something that the caller wrote.
-            "path": self.path if self.path in _KNOWN else "other",
-            "status": self.status,
-            "received_bytes": self.received,
-            "sent_bytes": self.sent,
-            "seconds": round(time.perf_counter() - self._began, 4),
-        }
-        AUDIT.info(json.dumps(line))
+        AUDIT.info(
+            "answered",
+            extra={
+                "request_id": request_id_of(self._scope),
+                "client": client[0] if client else None,
+                "key": self.key,
+                "method": self._scope["method"] if self.path in _KNOWN else "other",
+                # A path that nobody declared is something that the caller wrote.
+                "path": self.path if self.path in _KNOWN else "other",
+                "status": self.status,
+                "received_bytes": self.received,
+                "sent_bytes": self.sent,
+                "seconds": round(time.perf_counter() - self._began, 4),
+            },
+        )
 
 
 def _digest(key: str) -> str:

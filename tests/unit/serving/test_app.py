@@ -155,7 +155,7 @@ def test_callers_share_batches_and_nobody_notices(source):
     assert [r.content for r in alone] == [r.content for r in together]
     (page,) = ask(app, ("GET", "/metrics", {}))
     counts = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if line[0] != "#")
-    assert counts['mm_requests_total{operation="generate",status="200"}'] == "14.0"
+    assert counts['mm_requests_total{operation="generate",status="200",version="3"}'] == "14.0"
     # Seven at once are three batches, then seven of one each.
     assert float(counts["mm_batch_size_count"]) < 14
     assert counts['mm_model_info{model="mm-test",run_id="f00d",version="3"}'] == "1.0"
