@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 """Name of the manifest inside a zip answer."""
 SCENE_FILE, VECTOR_FILE = "scene.tif", "vector.json"
 """Names of what an embedding is written to."""
+SIDECAR = ".aux.xml"
+"""Appended to a GeoTIFF's name: what GDAL and QGIS read beside it."""
 
 _PROBLEM_URN = "urn:mm-model:problem:"
 

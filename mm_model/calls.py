@@ -23,6 +23,7 @@ from mm_model.api import (
     MANIFEST,
     PNG,
     SCENE_FILE,
+    SIDECAR,
     VECTOR_FILE,
     ZIP,
     Health,
@@ -84,15 +85,15 @@ class Call(Generic[T]):
             lambda headers, body: save(headers, body, folder),
             self.fields,
             self.files,
-            self.headers,
+            {"Accept": ZIP, **self.headers},  # in which classes have their names
             repeat=self.repeat,
             folder=folder,
         )
 
     @contextmanager
-    def body(self) -> Iterator[BinaryIO]:
+    def body(self, is_success: bool) -> Iterator[BinaryIO]:
         """Where the answer's body is gathered: in memory, or in the folder that it goes to."""
-        if self.folder is None:
+        if self.folder is None or not is_success:
             yield io.BytesIO()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ class Saved:
     """An answer that was written while it came.
 
     Attributes:
-        paths: the files.
+        paths: the files; those of classes have a sidecar with their names for GDAL and QGIS.
         origin: which model made them, and from what.
         manifest: what each file is; None where there is none.
     """
@@ -298,7 +299,10 @@ def _save_generated(headers: Headers, body: BinaryIO, folder: Path) -> Saved:
         return Saved((_write(folder, _filename(headers), body),), provenance)
     with zipfile.ZipFile(body) as archive:
         manifest = Manifest.model_validate_json(archive.read(MANIFEST))
-        paths = _extract(archive, [file.name for file in manifest.files], folder)
+        names = [file.name for file in manifest.files]
+        beside = [name + SIDECAR for name in names if name + SIDECAR in archive.namelist()]
+        _extract(archive, beside, folder)
+        paths = _extract(archive, names, folder)
     return Saved(paths, provenance, manifest)
 
 

@@ -254,20 +254,20 @@ class Client(_Speaker[httpx.Client]):
         attempts = _Attempts(call, self._url, self._patience_s)
         request_id = uuid.uuid4().hex
         while True:
-            with self._request(call, request_id) as request, call.body() as body:
+            with self._request(call, request_id) as request:
                 try:
                     response = self._http.send(request, stream=True)
                     try:
-                        for piece in response.iter_bytes():
-                            body.write(piece)
+                        with call.body(response.is_success) as body:
+                            for piece in response.iter_bytes():
+                                body.write(piece)
+                            if response.is_success:
+                                return call.understood(response.headers, body, self._url)
+                            pause = attempts.after_answer(response, body)
                     finally:
                         response.close()
                 except httpx.HTTPError as error:
                     pause = attempts.after_error(error)
-                else:
-                    if response.is_success:
-                        return call.understood(response.headers, body, self._url)
-                    pause = attempts.after_answer(response, body)
             time.sleep(pause)
 
 
@@ -337,22 +337,22 @@ class AsyncClient(_Speaker[httpx.AsyncClient]):
         attempts = _Attempts(call, self._url, self._patience_s)
         request_id = uuid.uuid4().hex
         while True:
-            with self._request(call, request_id) as request, call.body() as body:
+            with self._request(call, request_id) as request:
                 try:
                     response = await self._http.send(request, stream=True)
                     try:
-                        async for piece in response.aiter_bytes():
-                            body.write(piece)
+                        with call.body(response.is_success) as body:
+                            async for piece in response.aiter_bytes():
+                                body.write(piece)
+                            if response.is_success:
+                                return await asyncio.to_thread(
+                                    call.understood, response.headers, body, self._url
+                                )
+                            pause = attempts.after_answer(response, body)
                     finally:
                         await response.aclose()
                 except httpx.HTTPError as error:
                     pause = attempts.after_error(error)
-                else:
-                    if response.is_success:
-                        return await asyncio.to_thread(
-                            call.understood, response.headers, body, self._url
-                        )
-                    pause = attempts.after_answer(response, body)
             await asyncio.sleep(pause)
 
 

@@ -214,9 +214,15 @@ class ServeConfig(Section):
 
     route_prefix: Annotated[str, Field(pattern=r"^/[a-z0-9-]*$")]
     replicas: PositiveInt
+    max_replicas: PositiveInt | None = Field(
+        None, description="up to which they grow with the load; without, there are `replicas`"
+    )
     max_batch: PositiveInt
     batch_wait_ms: Annotated[float, Field(ge=0)]
     max_queued: PositiveInt
+    max_per_key: PositiveInt | None = Field(
+        None, description="requests of one API key in progress at a replica"
+    )
     max_side_px: Annotated[int, Field(ge=16)]
     max_samples: PositiveInt
     deadline_s: PositiveFloat
@@ -224,6 +230,14 @@ class ServeConfig(Section):
     traces_url: HttpUrl | None = Field(
         None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
     )
+
+    @model_validator(mode="after")
+    def _grows(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than replicas ({self.replicas})"
+            )
+        return self
 
 
 class Params(Section):

@@ -58,7 +58,8 @@ class Endpoint:
         self._counted = Metrics()
         self._place = serve.get_replica_context().replica_id
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self._config.replicas))
+        replicas = self._config.max_replicas or self._config.replicas
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas))
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
         self._champion = ChampionFollower(model, cache, self._load)
@@ -129,7 +130,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
     deployment = serve.deployment(
         Endpoint,
         name="endpoint",
-        num_replicas=config.replicas,
+        **_scale(config),
         ray_actor_options={
             "num_cpus": _REPLICA_CPUS,
             "runtime_env": {"env_vars": environment.service_environment()},
@@ -146,6 +147,23 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         max_surge_percent=100,  # the new replica is ready before the old one stops
     )
     return deployment.bind(config.model_dump(mode="json"), model, keys)
+
+
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    """How many replicas there are: as many as declared, or more with the load.
+
+    Each has work for one batch while the one before it is sampled: beyond that, more help.
+    """
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    return {
+        "num_replicas": None,
+        "autoscaling_config": {
+            "min_replicas": config.replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": 2 * config.max_batch,
+        },
+    }
 
 
 def build(arguments: dict[str, str]) -> serve.Application:

@@ -12,7 +12,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,8 +23,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_model.api import PROBLEM, problem_of
-from mm_model.errors import ConfigError, ForbiddenError, MMError, UnauthenticatedError
+from mm_model.api import PROBLEM, RETRY_AFTER_S, problem_of
+from mm_model.errors import (
+    ConfigError,
+    ForbiddenError,
+    MMError,
+    OverloadedError,
+    UnauthenticatedError,
+)
 from mm_model.serving.front import request_id_of
 
 KEYS, KEYS_FILE = "MM_API_KEYS", "MM_API_KEYS_FILE"
@@ -57,6 +65,7 @@ _NEEDED: Mapping[str, KeyScope] = {
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
+_WORK = frozenset({KeyScope.GENERATE, KeyScope.EMBED})
 _KNOWN = {*_OPEN, *_NEEDED, "/v1/model", "/v1/modalities", "/docs", "/openapi.json"}
 
 
@@ -154,13 +163,20 @@ class Guard:
     Args:
         app: what answers.
         keys: who may ask; empty: anybody.
+        max_per_key: most requests of one key that are worked on at once; None is no limit.
         on_refused: told the code of each problem that a request is refused with here.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, on_refused: Callable[[str], object] = lambda _: None
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        max_per_key: int | None = None,
+        on_refused: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._app, self._keys, self._on_refused = app, keys, on_refused
+        self._max_per_key = max_per_key
+        self._in_progress: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -181,25 +197,36 @@ class Guard:
             await send(message)
 
         try:
-            key = self._key(scope)
-            seen.key = key.name if key else None
-            self._check(seen.path, key)
-        except MMError as error:
-            self._on_refused(error.code)
-            problem = problem_of(error, request_id_of(scope))
-            answer = JSONResponse(
-                problem.model_dump(exclude_none=True),
-                status_code=problem.status,
-                media_type=PROBLEM,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            app: ASGIApp = answer
-        else:
-            app = self._app
-        try:
-            await app(scope, counted, secured)
+            try:
+                key = self._key(scope)
+                seen.key = key.name if key else None
+                self._check(seen.path, key)
+                with self._place(seen.path, key):
+                    await self._app(scope, counted, secured)
+            except MMError as error:  # of this guard: the application answers its own
+                self._on_refused(error.code)
+                await _refusal(error, scope)(scope, counted, secured)
         finally:
             seen.log()
+
+    @contextmanager
+    def _place(self, path: str, key: Key | None) -> Iterator[None]:
+        """One of the places that a key has for requests that are work."""
+        if key is None or self._max_per_key is None or _NEEDED.get(path) not in _WORK:
+            yield
+            return
+        if self._in_progress[key.name] >= self._max_per_key:
+            raise OverloadedError(
+                f"too many requests of the API key {key.name} are in progress",
+                got=self._in_progress[key.name],
+                allowed=self._max_per_key,
+                remedy="wait for one of them",
+            )
+        self._in_progress[key.name] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[key.name] -= 1
 
     def _key(self, scope: Scope) -> Key | None:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -252,6 +279,19 @@ class _Seen:
                 "seconds": round(time.perf_counter() - self._began, 4),
             },
         )
+
+
+def _refusal(error: MMError, scope: Scope) -> JSONResponse:
+    problem = problem_of(error, request_id_of(scope))
+    headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
+    if problem.status in RETRY_AFTER_S:
+        headers["Retry-After"] = str(RETRY_AFTER_S[problem.status])
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        status_code=problem.status,
+        media_type=PROBLEM,
+        headers=headers,
+    )
 
 
 def _digest(key: str) -> str:

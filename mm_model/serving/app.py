@@ -121,7 +121,9 @@ def build_app(
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
-    app.add_middleware(Guard, keys=keys, on_refused=endpoint.count_refused)
+    app.add_middleware(
+        Guard, keys=keys, max_per_key=config.max_per_key, on_refused=endpoint.count_refused
+    )
     app.add_middleware(Front)
     app.add_exception_handler(MMError, endpoint.on_error)
     app.add_exception_handler(HTTPException, endpoint.on_http_error)
@@ -241,7 +243,7 @@ class _Endpoint:
                 result,
                 served.generator.modalities,
                 provenance,
-                picture=_wanted(request, TIFF, ZIP, PNG) == PNG,
+                media_type=_wanted(request, TIFF, ZIP, PNG),
             )
         return _response(made, provenance)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import os
 import shutil
 import signal
@@ -19,9 +18,7 @@ from pathlib import Path
 import httpx
 import mlflow
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from mm_model.adapters import environment
 from mm_model.adapters import mlflow_registry as registry
 from mm_model.bundle import save_bundle
 from mm_model.client import Client
@@ -36,7 +33,6 @@ from test_mlflow_registry import config_of, make_reports  # noqa: E402
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 MODEL = "served"
-PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # Ray's own processes need it, too
 CONFIG = serve_config(alias_poll_s=0.5, deadline_s=30)
 SERVE_FOREVER = """
 from mm_model.adapters import environment
@@ -122,7 +118,6 @@ def platform(tmp_path_factory):
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
         "MM_PROJECT": str(folder),
         "MM_ENDPOINT_PORT": str(endpoint_port),
-        **{name: environment.service_environment()[name] for name in (PROXY,)},
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ours.items():
@@ -306,50 +301,6 @@ def test_a_killed_replica_comes_back_without_mlflow(platform, versions):
         made = client.generate({"sar": geotiff("sar")}, ["dem"], steps=1)
         assert made.provenance.model_version == str(versions["second"])
         assert "MLflow" in client.model().registry_error
-
-
-def test_replicas_are_seen_as_one_and_a_request_is_found_by_its_id(platform, versions):
-    from mm_model.adapters.ray_serve import deploy, undeploy
-
-    url = f"{platform.url}/twins"
-    deploy(CONFIG.model_copy(update={"route_prefix": "/twins", "replicas": 2}), MODEL + "-twins")
-    with httpx.Client(timeout=60) as http:
-        wait_for(f"{url}/healthz", platform.serving)
-        # There is no such model: every replica refuses, and says so on whichever is asked.
-        ids = [f"asked-{k}" for k in range(30)]
-        for request_id in ids:
-            headers = {
-                "X-Request-ID": request_id,
-                # Ray's proxy would give up at once.
-                "X-Request-Timeout-Seconds": "0.000001",
-            }
-            form = {"width": (None, b"16"), "height": (None, b"16")}
-            answer = http.post(f"{url}/v1/generate", files=form, headers=headers)
-            assert answer.status_code == 503, answer.text
-            assert answer.headers.get_list("x-request-id") == [request_id]
-            assert answer.json()["request_id"] == request_id
-        made = http.get(f"{url}/healthz", headers={"X-Request-ID": "two words"})
-        (request_id,) = made.headers.get_list("x-request-id")
-        assert len(request_id) == 32
-        # What the proxy itself answers has an id, too.
-        assert len(http.get(f"{platform.url}/twins-not/x").headers.get_list("x-request-id")) == 1
-        page = http.get(f"{url}/metrics").text
-    refused = {
-        s.labels["replica"]: s.value
-        for family in text_string_to_metric_families(page)
-        for s in family.samples
-        if s.name == "mm_requests_refused_total" and s.labels["code"] == "not_ready"
-    }
-    assert len(refused) == 2
-    assert sum(refused.values()) == len(ids)
-    undeploy(MODEL + "-twins")
-    logs = (platform.folder / "var/log/replicas").glob("replica_*twins*.log")
-    lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
-    found = [line for line in lines if line.get("request_id") == ids[7]]
-    (audit,) = [line for line in found if line["message"] == "answered"]
-    assert audit["path"] == "/v1/generate"
-    assert audit["status"] == 503
-    assert audit["replica"] in refused
 
 
 def replica_pids() -> list[int]:

@@ -285,6 +285,13 @@ def test_what_is_not_whole_is_not_there(ask, waits, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_refusal_leaves_nothing_behind(ask, waits, tmp_path):
+    script = Script(problem(RequestError("seed", got=-1)))
+    with script.serving() as url, pytest.raises(RequestError):
+        ask(url, lambda speaker: speaker.generate_to(tmp_path / "out", {}, ["dem"]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_call_is_a_value_that_tells_what_it_does():
     call = calls.generate({}, ["dem"], seed=7)
     assert (call.method, call.path, call.repeat) == ("POST", "/v1/generate", Repeat.ALWAYS)

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import stat
+import threading
 
+import httpx
 import pytest
 from ray.serve.config import HTTPOptions
 from serving_fixtures import ask, form, geotiff, make_source, refused, serve_config
@@ -84,6 +86,52 @@ def test_without_keys_anybody_is_answered(source):
     app = build_app(source, serve_config(max_side_px=64))
     assert generate(app).status_code == 200
     assert get(app, "/metrics").status_code == 200
+
+
+def test_a_key_cannot_take_all_places(source, monkeypatch):
+    """One more than a key may have is refused at once, before its body; another key is answered."""
+    config = serve_config(max_side_px=64, max_per_key=2, max_batch=1)
+    other, other_line = new_key("others", frozenset({KeyScope.GENERATE}))
+    app = build_app(source, config, parse_keys(f"{GENERATE_LINE};{other_line}", "here"))
+    generator, opened, entered = source.served.generator, threading.Event(), threading.Event()
+    real = generator.sample
+
+    def sample(requests, check=None):
+        entered.set()
+        assert opened.wait(20)
+        return real(requests, check)
+
+    monkeypatch.setattr(generator, "sample", sample)
+
+    def request(key):
+        fields = {"target": "dem", "steps": 1}
+        return form({"sar": geotiff("sar")}, bearer(key), **fields)
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+            def send(key):
+                method, path, keywords = request(key)
+                return asyncio.create_task(http.request(method, path, **keywords))
+
+            mine = [send(GENERATE), send(GENERATE)]
+            await asyncio.to_thread(entered.wait, 20)
+            third = await send(GENERATE)
+            shown = await http.get("/v1/model", headers=bearer(GENERATE))
+            theirs = send(other)
+            await asyncio.sleep(0)
+            opened.set()
+            fourth = [(await answer).status_code for answer in (*mine, theirs)]
+            return third, shown, fourth, await send(GENERATE)
+
+    third, shown, answered, later = asyncio.run(run())
+    problem = refused(third, 429, "overloaded")
+    assert (problem.got, problem.allowed) == ("2", "2")
+    assert third.headers["retry-after"] == "1"
+    assert shown.status_code == 200
+    assert answered == [200, 200, 200]
+    assert later.status_code == 200
 
 
 def test_a_body_is_not_read_before_the_key(app):

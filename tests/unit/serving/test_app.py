@@ -91,8 +91,9 @@ def test_several_come_as_a_zip_with_a_manifest(source):
     assert response.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         manifest = Manifest.model_validate_json(archive.read("manifest.json"))
+        class_names = [f"map_{k}.tif.aux.xml" for k in (0, 1)]
         assert sorted(archive.namelist()) == sorted(
-            ["manifest.json", *(file.name for file in manifest.files)]
+            ["manifest.json", *(file.name for file in manifest.files), *class_names]
         )
         assert [(f.modality, f.sample) for f in manifest.files] == [
             (name, k) for name in ("rgb", "dem", "map") for k in (0, 1)
