@@ -27,10 +27,14 @@ PNG = "image/png"
 ZIP = "application/zip"
 JSON = "application/json"
 PROBLEM = "application/problem+json"
+REQUEST_ID = "X-Request-ID"
+"""Header that names a request, from its caller through proxy, replica and logs to the answer."""
 MANIFEST = "manifest.json"
 """Name of the manifest inside a zip answer."""
 SCENE_FILE, VECTOR_FILE = "scene.tif", "vector.json"
 """Names of what an embedding is written to."""
+SIDECAR = ".aux.xml"
+"""Appended to a GeoTIFF's name: what GDAL and QGIS read beside it."""
 
 _PROBLEM_URN = "urn:mm-model:problem:"
 
@@ -81,9 +85,10 @@ class Problem(Record):
     got: str | None = None
     allowed: str | None = None
     remedy: str | None = None
+    request_id: str | None = Field(None, description="of the request that it happened to")
 
 
-def problem_of(error: MMError) -> Problem:
+def problem_of(error: MMError, request_id: str | None = None) -> Problem:
     """The problem that tells a client of an error."""
     title = (type(error).__doc__ or type(error).__name__).splitlines()[0].rstrip(".")
     return Problem(
@@ -95,21 +100,32 @@ def problem_of(error: MMError) -> Problem:
         got=error.got,
         allowed=error.allowed,
         remedy=error.remedy,
+        request_id=request_id,
     )
 
 
-def http_problem(status: int, detail: str) -> Problem:
+def http_problem(status: int, detail: str, request_id: str | None = None) -> Problem:
     """A problem that HTTP itself names (404, 405, 500 …), not this interface."""
     code = errors.RequestError.code if status < 500 else errors.MMError.code
-    title = "HTTP error"
-    return Problem(type="about:blank", title=title, status=status, detail=detail, code=code)
+    remedy = None if status < 500 else "tell who runs the endpoint the request's id"
+    return Problem(
+        type="about:blank",
+        title="HTTP error",
+        status=status,
+        detail=detail,
+        code=code,
+        remedy=remedy,
+        request_id=request_id,
+    )
 
 
 def error_of(problem: Problem) -> MMError:
     """The error that a problem tells of: the same class with the same parts."""
     kinds = {cls.code: cls for cls in error_classes()}
     kind = kinds.get(problem.code, MMError)
-    return kind(problem.detail, got=problem.got, allowed=problem.allowed, remedy=problem.remedy)
+    error = kind(problem.detail, got=problem.got, allowed=problem.allowed, remedy=problem.remedy)
+    error.request_id = problem.request_id
+    return error
 
 
 def error_classes(base: type[MMError] = MMError) -> Iterator[type[MMError]]:

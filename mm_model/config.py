@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, model_validator
 
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality, select
@@ -214,13 +214,30 @@ class ServeConfig(Section):
 
     route_prefix: Annotated[str, Field(pattern=r"^/[a-z0-9-]*$")]
     replicas: PositiveInt
+    max_replicas: PositiveInt | None = Field(
+        None, description="up to which they grow with the load; without, there are `replicas`"
+    )
     max_batch: PositiveInt
     batch_wait_ms: Annotated[float, Field(ge=0)]
     max_queued: PositiveInt
+    max_per_key: PositiveInt | None = Field(
+        None, description="requests of one API key in progress at a replica"
+    )
     max_side_px: Annotated[int, Field(ge=16)]
     max_samples: PositiveInt
     deadline_s: PositiveFloat
     alias_poll_s: PositiveFloat
+    traces_url: HttpUrl | None = Field(
+        None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
+    )
+
+    @model_validator(mode="after")
+    def _grows(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than replicas ({self.replicas})"
+            )
+        return self
 
 
 class Params(Section):

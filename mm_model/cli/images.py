@@ -68,11 +68,11 @@ def generate(
         if uncertainty:
             raise ConfigError("--uncertainty", remedy="ask a bundle for it, not an endpoint")
         with Client(endpoint) as client:
-            answer = client.generate(
-                files, targets=targets, samples=samples, seed=seed, steps=steps,
+            answer = client.generate_to(
+                out, files, targets=targets, samples=samples, seed=seed, steps=steps,
                 height=size[0], width=size[1], conditions=conditions,
             )  # fmt: skip
-            written = answer.save(out)
+            written = list(answer.paths)
     else:
         from mm_model.serving.scenes import SceneRequest
 
@@ -157,7 +157,7 @@ def embed(
         from mm_model.client import Client
 
         with Client(endpoint) as client:
-            written = client.embed(files, conditions=conditions).save(out)
+            written = list(client.embed_to(out, files, conditions=conditions).paths)
     else:
         written = _embed_through_bundle(bundle or _bundle_at_hand(), files, conditions, out)
     _say(written)

@@ -17,7 +17,9 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
+from mm_model.api import SIDECAR
 from mm_model.data import georeference, raster
+from mm_model.data.files import write_atomically
 from mm_model.errors import RasterError
 from mm_model.geo.grid import Grid
 
@@ -89,6 +91,7 @@ class CogWriter:
         colors: RGBA by code; they make it a map.
         tags: of the file.
         categorical: whether values are codes.
+        sidecar: what GDAL reads beside it.
     """
 
     def __init__(
@@ -103,9 +106,11 @@ class CogWriter:
         colors: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
         tags: Mapping[str, str] = MappingProxyType({}),
         categorical: bool = False,
+        sidecar: bytes | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._grid, self._categorical = path, grid, categorical
+        self._sidecar = sidecar
         self._rows, self._held = 0, np.empty((len(band_names), 0, grid.width), dtype)
         self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
         self._cog = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -165,6 +170,8 @@ class CogWriter:
                 overview_resampling="mode" if self._categorical else "average",
                 bigtiff="if_safer",
             )
+        if self._sidecar is not None:
+            write_atomically(self.path.with_name(self.path.name + SIDECAR), self._sidecar)
         self._cog.replace(self.path)
         return self.path
 

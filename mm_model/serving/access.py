@@ -8,32 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_model.api import PROBLEM, problem_of
-from mm_model.errors import ConfigError, ForbiddenError, MMError, UnauthenticatedError
+from mm_model.api import PROBLEM, RETRY_AFTER_S, problem_of
+from mm_model.errors import (
+    ConfigError,
+    ForbiddenError,
+    MMError,
+    OverloadedError,
+    UnauthenticatedError,
+)
+from mm_model.serving.front import request_id_of
 
 KEYS, KEYS_FILE = "MM_API_KEYS", "MM_API_KEYS_FILE"
 """Variables that hold the lines of keys (";" stands for a line's end), or name their file."""
 
 AUDIT = logging.getLogger("mm_model.audit")
-"""A line of JSON for each request: who, what, how it ended; nothing of what was sent."""
+"""A record for each request, its facts as attributes: who, what, how it ended; nothing of what was
+sent."""
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # probes ask them, and they tell nothing
-_HEADERS: Mapping[str, str] = {
+SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -57,6 +65,7 @@ _NEEDED: Mapping[str, KeyScope] = {
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
+_WORK = frozenset({KeyScope.GENERATE, KeyScope.EMBED})
 _KNOWN = {*_OPEN, *_NEEDED, "/v1/model", "/v1/modalities", "/docs", "/openapi.json"}
 
 
@@ -154,10 +163,20 @@ class Guard:
     Args:
         app: what answers.
         keys: who may ask; empty: anybody.
+        max_per_key: most requests of one key that are worked on at once; None is no limit.
+        on_refused: told the code of each problem that a request is refused with here.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        max_per_key: int | None = None,
+        on_refused: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._app, self._keys, self._on_refused = app, keys, on_refused
+        self._max_per_key = max_per_key
+        self._in_progress: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -173,28 +192,41 @@ class Guard:
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
-                MutableHeaders(scope=message).update(_HEADERS)
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
             seen.sent += len(message.get("body", b""))
             await send(message)
 
         try:
-            key = self._key(scope)
-            seen.key = key.name if key else None
-            self._check(seen.path, key)
-        except MMError as error:
-            answer = JSONResponse(
-                problem_of(error).model_dump(exclude_none=True),
-                status_code=problem_of(error).status,
-                media_type=PROBLEM,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            app: ASGIApp = answer
-        else:
-            app = self._app
-        try:
-            await app(scope, counted, secured)
+            try:
+                key = self._key(scope)
+                seen.key = key.name if key else None
+                self._check(seen.path, key)
+                with self._place(seen.path, key):
+                    await self._app(scope, counted, secured)
+            except MMError as error:  # of this guard: the application answers its own
+                self._on_refused(error.code)
+                await _refusal(error, scope)(scope, counted, secured)
         finally:
             seen.log()
+
+    @contextmanager
+    def _place(self, path: str, key: Key | None) -> Iterator[None]:
+        """One of the places that a key has for requests that are work."""
+        if key is None or self._max_per_key is None or _NEEDED.get(path) not in _WORK:
+            yield
+            return
+        if self._in_progress[key.name] >= self._max_per_key:
+            raise OverloadedError(
+                f"too many requests of the API key {key.name} are in progress",
+                got=self._in_progress[key.name],
+                allowed=self._max_per_key,
+                remedy="wait for one of them",
+            )
+        self._in_progress[key.name] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[key.name] -= 1
 
     def _key(self, scope: Scope) -> Key | None:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -232,18 +264,34 @@ class _Seen:
 
     def log(self) -> None:
         client = self._scope.get("client")
-        line: MutableMapping[str, Any] = {
-            "client": client[0] if client else None,
-            "key": self.key,
-            "method": self._scope["method"] if self.path in _KNOWN else "other",
-            # A path that nobody declared is something that the caller wrote.
-            "path": self.path if self.path in _KNOWN else "other",
-            "status": self.status,
-            "received_bytes": self.received,
-            "sent_bytes": self.sent,
-            "seconds": round(time.perf_counter() - self._began, 4),
-        }
-        AUDIT.info(json.dumps(line))
+        AUDIT.info(
+            "answered",
+            extra={
+                "request_id": request_id_of(self._scope),
+                "client": client[0] if client else None,
+                "key": self.key,
+                "method": self._scope["method"] if self.path in _KNOWN else "other",
+                # A path that nobody declared is something that the caller wrote.
+                "path": self.path if self.path in _KNOWN else "other",
+                "status": self.status,
+                "received_bytes": self.received,
+                "sent_bytes": self.sent,
+                "seconds": round(time.perf_counter() - self._began, 4),
+            },
+        )
+
+
+def _refusal(error: MMError, scope: Scope) -> JSONResponse:
+    problem = problem_of(error, request_id_of(scope))
+    headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
+    if problem.status in RETRY_AFTER_S:
+        headers["Retry-After"] = str(RETRY_AFTER_S[problem.status])
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        status_code=problem.status,
+        media_type=PROBLEM,
+        headers=headers,
+    )
 
 
 def _digest(key: str) -> str:

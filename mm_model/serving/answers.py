@@ -17,6 +17,7 @@ from mm_model.api import (
     MANIFEST,
     PNG,
     SCENE_FILE,
+    SIDECAR,
     TIFF,
     VECTOR_FILE,
     ZIP,
@@ -28,6 +29,7 @@ from mm_model.api import (
     SceneVector,
 )
 from mm_model.data import raster
+from mm_model.data.sidecar import sidecar
 from mm_model.modalities import Modality
 from mm_model.pictures import to_rgb
 from mm_model.serving.requests import Embedding, Result
@@ -57,16 +59,17 @@ def answer(
     modalities: Mapping[str, Modality],
     provenance: Provenance,
     *,
-    picture: bool = False,
+    media_type: str = TIFF,
 ) -> Answer:
-    """A GeoTIFF for one target and one sample, a zip for more, a PNG if a picture is wanted."""
-    if picture:
+    """A GeoTIFF for one target and one sample, a zip for more or where one is wanted; or a PNG."""
+    if media_type == PNG:
         return Answer(_picture(result, modalities), PNG, "generated.png")
     tiffs = geotiffs(result, modalities, provenance)
-    if len(tiffs) == 1:
+    if len(tiffs) == 1 and media_type == TIFF:
         ((file, content),) = tiffs.items()
         return Answer(content, TIFF, file.name)
-    return Answer(_zip(_with_manifest(result, tiffs, provenance)), ZIP, "generated.zip")
+    files = _with_manifest(result, tiffs, provenance) | _sidecars(tiffs, modalities)
+    return Answer(_zip(files), ZIP, "generated.zip")
 
 
 def embedding_answer(embedding: Embedding, origin: SceneOrigin, media_type: str) -> Answer:
@@ -97,6 +100,7 @@ def write_answer(
 ) -> list[Path]:
     """Write the GeoTIFFs below a folder, which is made; returns their paths."""
     tiffs = geotiffs(result, modalities, provenance)
+    _write(_sidecars(tiffs, modalities), folder)
     return _write({file.name: content for file, content in tiffs.items()}, folder)
 
 
@@ -156,6 +160,13 @@ def _with_manifest(
         files=tuple(tiffs),
     )
     return {MANIFEST: _json(manifest), **{file.name: c for file, c in tiffs.items()}}
+
+
+def _sidecars(
+    tiffs: Mapping[ManifestFile, bytes], modalities: Mapping[str, Modality]
+) -> dict[str, bytes]:
+    made = {file.name + SIDECAR: sidecar(modalities[file.modality]) for file in tiffs}
+    return {name: content for name, content in made.items() if content is not None}
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:

@@ -22,6 +22,7 @@ from mm_model.codec import Codec
 from mm_model.conditions import NOTHING, Conditions
 from mm_model.data import raster
 from mm_model.data.circumstances import complete
+from mm_model.data.sidecar import sidecar
 from mm_model.data.strips import CogWriter, bounded_cache, strips
 from mm_model.errors import RequestError
 from mm_model.generative.noise import sample_seeds
@@ -242,6 +243,7 @@ class _Job:
                 "MM_SAMPLE": str(sample),
             },
             categorical=modality.is_categorical,
+            sidecar=sidecar(modality),
         )
 
     def _write_moments(self, found: Moments) -> Path:
