@@ -360,6 +360,8 @@ def test_no_broad_except_outside_the_rim() -> None:
     rim = ("mm_model/adapters/", "mm_model/cli/", "flows/")
     # Hands what it catches to the callers whose requests were in the batch.
     rim += ("mm_model/serving/batching.py",)
+    # A file that nobody foresaw fails its unit, which is named at the end, and not the run.
+    rim += ("mm_model/data/parts.py",)
     found = [
         where(path, node)
         for path in python_files("mm_model", "flows")

@@ -44,13 +44,16 @@ def to_physical(
             for the unit.
     """
     column = (slice(None), None, None)
-    physical = values * np.asarray(scales, np.float64)[column] + np.asarray(offsets)[column]
+    physical = values * np.asarray(scales, np.float64)[column]
+    physical += np.asarray(offsets)[column]
     if linear_power:
         valid = valid & (physical > 0).all(axis=0)
         physical = 10 * np.log10(np.where(physical > 0, physical, 1))
     low, high = modality.valid_range
-    outside = ((physical < low) | (physical > high)) & valid
-    if outside.any():
+    # Most often all is inside, which two passes without a mask say; NaN is not.
+    inside = physical.size and physical.min() >= low and physical.max() <= high
+    outside = None if inside else ((physical < low) | (physical > high)) & valid
+    if outside is not None and outside.any():
         if out_of_range == "error":
             raise RasterError(
                 f"{where}: values of {modality.name}",
@@ -61,7 +64,8 @@ def to_physical(
         valid = valid if out_of_range == "clip" else valid & ~outside.any(axis=0)
         physical = np.clip(physical, low, high)
     low, high = modality.quantity.traits.plausible_median
-    median = float(np.median(physical[:, valid])) if valid.any() else low
+    known = physical if valid.all() else physical[:, valid]
+    median = float(np.median(known)) if known.size else low
     if not low <= median <= high:
         raise RasterError(
             f"{where}: median of {modality.name}",

@@ -31,6 +31,7 @@ from mm_model.data.sources.manifest import (
     SceneSpec,
     load_manifest,
 )
+from mm_model.data.storage import stat
 from mm_model.errors import ConfigError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -100,14 +101,13 @@ class GeotiffSource:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> tuple[int, str]:
     try:
-        status = path.stat()
+        return stat(path)
     except OSError:
         raise RasterError(
             f"{path} does not exist", remedy="mend the manifest, or name the layer in `without`"
         ) from None
-    return status.st_size, status.st_mtime_ns
 
 
 def _bands(entry: LayerEntry) -> list[tuple[str, int | str | None]]:
