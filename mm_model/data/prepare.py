@@ -177,9 +177,7 @@ def _make_all(
     made: dict[str, int] = {}
     failed: dict[str, MMError] = {}
     with _progress("units") as progress:
-        task = progress.add_task(
-            "preparing", total=len(works), completed=len(works) - len(missing)
-        )
+        task = progress.add_task("preparing", total=len(works), completed=len(works) - len(missing))
         for work, result in run(make, missing):
             if isinstance(result, MMError):
                 failed[str(work)] = result
@@ -215,8 +213,8 @@ def _join(
 ) -> None:
     """Shards of all chunks in `target`, and the index in `joined`."""
     local = isinstance(target, LocalFolder)
-    stays = isinstance(standing.shards, LocalFolder) if local else (
-        standing.shards.url == target.url
+    stays = (
+        isinstance(standing.shards, LocalFolder) if local else (standing.shards.url == target.url)
     )
     taken = {c.name for c in chunks if c.name in standing.chunks} if stays else set()
     there, made = target.names(), parts.names()
@@ -229,7 +227,8 @@ def _join(
     missing = [c for c in chunks if c.name not in taken and not is_made(c)]
     works = (
         ChunkWork(
-            c, tuple(standing.rows_of_piece(p) if p.key in standing.units else None for p in c.pieces)
+            c,
+            tuple(standing.rows_of_piece(p) if p.key in standing.units else None for p in c.pieces),
         )
         for c in missing
     )

@@ -280,5 +280,3 @@ def _known(value: Any) -> Any:
     """A Python object, None for NaN."""
     found = value.item() if isinstance(value, np.generic) else value
     return None if found != found else found
-
-

@@ -78,7 +78,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, start):
         folder = synthetic(tmp_path / str(workers), workers)
         finish(start(folder), folder)
     alone = hashes(tmp_path / "0/data/patches")
-    assert {n.partition('-')[0] for n in alone} == {*MODALITIES, 'index.parquet', 'store.json'}
+    assert {n.partition("-")[0] for n in alone} == {*MODALITIES, "index.parquet", "store.json"}
     assert hashes(tmp_path / "1/data/patches") == alone
     assert hashes(tmp_path / "3/data/patches") == alone
 

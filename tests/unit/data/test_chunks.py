@@ -25,7 +25,9 @@ def test_chunks_hold_every_patch_once_in_order_and_no_more_than_allowed():
     chunks = chunks_of(given, MOST)
     sizes = [sum(p.count for p in c.pieces) for c in chunks]
     assert max(sizes) <= MOST
-    patches = [(p.key, i) for c in chunks for p in c.pieces for i in range(p.first, p.first + p.count)]
+    patches = [
+        (p.key, i) for c in chunks for p in c.pieces for i in range(p.first, p.first + p.count)
+    ]
     assert patches == [(key, i) for _, key, count in given for i in range(count)]
     assert len({c.name for c in chunks}) == len(chunks)
     assert sum(sizes) / len(sizes) > MOST / 3
