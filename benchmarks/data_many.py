@@ -108,7 +108,8 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
 def _pipeline(folder: Path, patches: int) -> None:
     """A folder with the stages, of so many patches."""
     chosen = yaml.safe_load((record.ROOT / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump({**chosen, "project": str(record.ROOT)}))
+    chosen["split"]["margin_m"] = 0  # units lie side by side
+    (folder / "params.yaml").write_text(yaml.safe_dump(chosen))
     (folder / "many.yaml").write_text(yaml.safe_dump({"patches": patches}))
     split = {"cmd": "python -m mm_model.stages.split", "deps": ["data/patches"]}
     stages = {

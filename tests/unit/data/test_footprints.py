@@ -14,8 +14,8 @@ from data_fixtures import PAIR, make_store, place_patches
 from geotiff_fixtures import ROTATED
 
 from mm_model.data.footprints import footprints
-from mm_model.data.raster import to_lonlat
 from mm_model.data.index import INDEX
+from mm_model.data.raster import to_lonlat
 from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import GeoreferenceError
 from mm_model.geo.grid import Grid
