@@ -35,7 +35,7 @@ from mm_model.errors import ConfigError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 
-TURNS = 5
+TURNS = 3
 
 
 def measure() -> tuple[dict[str, float], dict[str, str]]:

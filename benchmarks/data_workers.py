@@ -1,6 +1,6 @@
-"""Preparation by one Ray worker and by two. On a machine that does nothing else:
+"""Preparation by one Ray worker and by two.
 
-`python -m benchmarks.data workers`
+It wants a machine that does nothing else, and is measured alone by `make bench-data PARTS=workers`.
 """
 
 from __future__ import annotations

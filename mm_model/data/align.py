@@ -26,6 +26,7 @@ def to_physical(
     linear_power: bool,
     out_of_range: OutOfRange,
     where: str,
+    is_part: bool = False,
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Stored numbers in the unit of a continuous modality.
 
@@ -38,6 +39,7 @@ def to_physical(
         linear_power: whether that is power, to be expressed in dB; no power is no measurement.
         out_of_range: what to do with values that the modality cannot have.
         where: the file, for errors.
+        is_part: whether these are some of its pixels, whose median may be anything.
 
     Raises:
         RasterError: a value is out of range and that is an error, or the median is not plausible
@@ -63,8 +65,18 @@ def to_physical(
             )
         valid = valid if out_of_range == "clip" else valid & ~outside.any(axis=0)
         physical = np.clip(physical, low, high)
+    if not is_part:
+        check_median(physical if valid.all() else physical[:, valid], modality, where)
+    return physical.astype(np.float32), valid
+
+
+def check_median(known: NDArray[Any], modality: Modality, where: str) -> None:
+    """Whether values are what their unit says: a wrong scale or unit shows in the median.
+
+    Raises:
+        RasterError: it is not plausible.
+    """
     low, high = modality.quantity.traits.plausible_median
-    known = physical if valid.all() else physical[:, valid]
     median = float(np.median(known)) if known.size else low
     if not low <= median <= high:
         raise RasterError(
@@ -73,7 +85,6 @@ def to_physical(
             allowed=f"{low:g} to {high:g} {modality.unit}",
             remedy="look at scale, offset and unit in the manifest",
         )
-    return physical.astype(np.float32), valid
 
 
 def to_classes(

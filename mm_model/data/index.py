@@ -31,8 +31,9 @@ COLUMNS = {
     **dict.fromkeys(("moved_rows_px", "moved_cols_px"), "int64"),
     "excluded_layers": "object",
 }
-"""Of a row, without its outline; values are [bands, height, width] of dtype; `values_at` and `mask_at` are where they begin in the shard, in
-bytes (0, where the file's own magic stands: no mask, all pixels are valid)."""
+"""Of a row, without its outline. Values are [bands, height, width] of dtype; `values_at` and
+`mask_at` are where they begin in the shard, in bytes (0, where the file's own magic stands: there
+is no mask, since all pixels are valid)."""
 NOT_MEASURED: Mapping[str, Any] = {
     **{"shift_reference": None, "excluded_layers": None},
     **dict.fromkeys(("shift_row_px", "shift_col_px", "shift_confidence"), np.nan),

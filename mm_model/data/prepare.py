@@ -59,6 +59,7 @@ _CODE = (
     "data/sources",
     "data/storage.py",
     "data/store.py",
+    "data/strips.py",
     "geo",
     "modalities.py",
 )

@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MM_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 
+DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text())["modalities"]
+
+
 def hashes(store: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(store.iterdir())}
 
@@ -78,7 +81,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, start):
         folder = synthetic(tmp_path / str(workers), workers)
         finish(start(folder), folder)
     alone = hashes(tmp_path / "0/data/patches")
-    assert {n.partition("-")[0] for n in alone} == {*MODALITIES, "index.parquet", "store.json"}
+    assert {n.partition("-")[0] for n in alone} == {*DEFAULT, "index.parquet", "store.json"}
     assert hashes(tmp_path / "1/data/patches") == alone
     assert hashes(tmp_path / "3/data/patches") == alone
 
