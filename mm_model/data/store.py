@@ -52,6 +52,7 @@ class PatchStore:
             `content.content` and `alignment.align` say of the layer (shifts are NaN where they were
             not measured). In the file stand geometry and bbox as well, which nobody here reads.
         patch_ids: by position.
+        shards_url: where the shards lie, if not beside the index.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -69,10 +70,12 @@ class PatchStore:
                 got=str(error).splitlines()[0],
                 remedy="run the stage prepare again",
             ) from error
-        self._shards = open_folder(about(self.path).get("shards", self.path))
+        self.shards_url: str | None = about(self.path).get("shards")
+        self._shards = open_folder(self.shards_url or self.path)
         ids = self.index["patch_id"].to_numpy()
         # Plain arrays: pandas takes longer to find a row than the file to give its pixels.
         self._columns = {c: _plain(self.index[c]) for c in COLUMNS}
+        self._value_bytes, self._mask_bytes = _sizes(self._columns)
         first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]) & (ids == ids))
         self._starts = np.append(first, len(ids))
         self.patch_ids = [str(i) for i in ids[first]]
@@ -121,8 +124,11 @@ class PatchStore:
         return [self._patch(at, some, pieces) for at, some in zip(positions, rows, strict=True)]
 
     def _ranges(self, row: int) -> list[Range]:
+        """Where a layer's values lie, and its mask if it has one."""
         get = self._columns
-        return _ranges({name: get[name][row] for name in _WHERE})
+        shard, mask_at = get["shard"][row], int(get["mask_at"][row])
+        values = (shard, int(get["values_at"][row]), int(self._value_bytes[row]))
+        return [values, (shard, mask_at, int(self._mask_bytes[row]))] if mask_at else [values]
 
     def _patch(self, position: int, rows: list[int], pieces: Iterator[NDArray[np.uint8]]) -> Patch:
         get = self._columns
@@ -151,17 +157,12 @@ class PatchStore:
         return Layer(values, valid, get["acquired_at"][row], _known(get["native_gsd_m"][row]))
 
 
-_WHERE = ("shard", "values_at", "mask_at", "bands", "height", "width", "dtype")
-
-
-def _ranges(row: Mapping[str, Any]) -> list[Range]:
-    """Where a layer's values lie, and its mask if it has one."""
-    pixels = int(row["height"]) * int(row["width"])
-    size = int(row["bands"]) * pixels * np.dtype(row["dtype"]).itemsize
-    values = (row["shard"], int(row["values_at"]), size)
-    if not row["mask_at"]:
-        return [values]
-    return [values, (row["shard"], int(row["mask_at"]), -(-pixels // 8))]
+def _sizes(rows: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Bytes of the values and of the mask, of rows of the index or of one."""
+    pixels = rows["height"] * rows["width"]
+    kinds, which = np.unique(np.asarray(rows["dtype"], str), return_inverse=True)
+    item = np.array([np.dtype(str(kind)).itemsize for kind in kinds], np.int64)[which]
+    return rows["bands"] * pixels * item, -(-pixels // 8)
 
 
 def read_rows(rows: pa.Table, shards: Folder) -> Iterator[tuple[str, dict[str, StoredLayer]]]:
@@ -169,7 +170,11 @@ def read_rows(rows: pa.Table, shards: Folder) -> Iterator[tuple[str, dict[str, S
     for patch_id, group in groupby(rows.to_pylist(), key=lambda row: row["patch_id"]):
         layers = {}
         for row in group:
-            values, *mask = shards.ranges(_ranges(row))
+            value_bytes, mask_bytes = _sizes(row)
+            wanted = [(row["shard"], row["values_at"], int(value_bytes))]
+            if row["mask_at"]:
+                wanted.append((row["shard"], row["mask_at"], int(mask_bytes)))
+            values, *mask = shards.ranges(wanted)
             layers[row["modality"]] = StoredLayer(
                 values.view(row["dtype"]).reshape(-1, row["height"], row["width"]),
                 mask[0].tobytes() if mask else None,
