@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from mm_model.catalogue.census import Census
 from mm_model.data.footprints import BBOX, GEOMETRY, geo_metadata
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.index import INDEX
+from mm_model.data.store import PatchStore
 from mm_model.modalities import Modality
 
 STAC_VERSION = "1.1.0"

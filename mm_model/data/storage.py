@@ -164,7 +164,7 @@ class ObjectFolder:
     @cached_property
     def _store(self) -> Any:
         plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-        return obstore.store.from_url(self.url, client_options={"allow_http": plain})  # type: ignore[call-overload]
+        return obstore.store.from_url(self.url, client_options={"allow_http": plain})
 
     def names(self) -> set[str]:
         with self._told():
@@ -206,7 +206,7 @@ class ObjectFolder:
             for at, piece in zip(mine, pieces, strict=True):
                 if len(piece) != wanted[at][2]:
                     raise _unreadable(f"{self.url}/{name}", "an end before it was due")
-                found[at] = np.frombuffer(piece, np.uint8)
+                found[at] = np.frombuffer(memoryview(piece), np.uint8)
 
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ranges") as threads:
             list(threads.map(fetch, by_name))
