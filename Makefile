@@ -14,6 +14,7 @@ MINUTES ?= 8
 SEEDS ?= 3
 OVERLOAD_S ?= 300
 CALLERS_S ?= 20
+PARTS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup demo up down status test lint bench bench-data bench-model bench-serve pretrained clean
@@ -61,8 +62,8 @@ lint: setup ## format, style, types, import contracts
 bench: setup ## measure; writes benchmarks/results and docs/benchmarks.md
 	@$(BIN)/python -m benchmarks
 
-bench-data: setup ## prepare by workers beside plain GDAL, and its memory by number of patches
-	@$(BIN)/python -m benchmarks.data_scale
+bench-data: setup ## the data engine; PARTS=workers measures that part alone
+	@$(BIN)/python -m benchmarks.data $(PARTS)
 
 bench-model: setup ## ours beside what people would use instead; MINUTES=8 of CPU time a model, SEEDS=3
 	@$(BIN)/python -m benchmarks.model --minutes $(MINUTES) --seeds $(SEEDS)

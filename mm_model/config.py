@@ -70,6 +70,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    shards: str | None = Field(None, description="URL of a folder in object storage")
     workers: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")] = 0
     alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
@@ -159,6 +160,7 @@ class TrainConfig(Section):
     seed: int
     steps: PositiveInt
     batch: PositiveInt
+    shards: str | None = Field(None, description="URL of a folder in object storage")
     workers: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")]
     gpus_per_worker: Annotated[float, Field(ge=0)]
     learning_rate: PositiveFloat

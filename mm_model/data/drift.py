@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mm_model.data.index import INDEX
 from mm_model.data.patch import Layer
 from mm_model.data.stats import BandSummary, layers_of
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.modalities import MODALITIES, Modality
 

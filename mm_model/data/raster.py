@@ -27,6 +27,7 @@ from rasterio.windows import Window
 
 from mm_model.data.files import write_atomically
 from mm_model.data.georeference import crs_of, crs_to_string, same_crs, source_pixels_per_target
+from mm_model.data.storage import gdal_options, stat
 from mm_model.errors import GeoreferenceError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -308,18 +309,17 @@ def _label(file: Path | bytes, name: str | None) -> str:
 def _open(file: Path | bytes, name: str | None) -> Iterator[Any]:
     """An open dataset; whatever goes wrong with it until it is closed is a RasterError."""
     label = _label(file, name)
-    if isinstance(file, Path):
-        if not file.is_file():
-            raise RasterError(f"{label} does not exist", remedy="mend the path")
-        if file.stat().st_size == 0:
-            raise RasterError(f"{label} is empty", remedy="fetch the file again")
-    elif not file:
-        # rasterio would open an empty memory file for writing.
-        raise RasterError(f"{label} is empty", remedy="send a GeoTIFF")
+    try:
+        size = stat(file)[0] if isinstance(file, Path) else len(file)
+    except OSError:
+        raise RasterError(f"{label} does not exist", remedy="mend the path") from None
+    if size == 0:  # rasterio would open an empty memory file for writing
+        raise RasterError(f"{label} is empty", remedy="fetch or send it again")
     try:
         with quiet():
             if isinstance(file, Path):
-                with rasterio.open(file, driver="GTiff") as dataset:
+                options = gdal_options(file)
+                with rasterio.Env(**options), rasterio.open(file, driver="GTiff") as dataset:
                     yield dataset
             else:
                 with MemoryFile(file) as memory, memory.open(driver="GTiff") as dataset:
