@@ -37,7 +37,11 @@ VENDORS = {
     "requests": ("mm_model/adapters/", "mm_model/data/sources/stac/search.py"),
     "yaml": ("mm_model/config.py",),
     "fastapi": ("mm_model/serving/app.py",),
-    "starlette": ("mm_model/serving/app.py", "mm_model/serving/access.py"),
+    "starlette": (
+        "mm_model/serving/app.py",
+        "mm_model/serving/access.py",
+        "mm_model/serving/web/__init__.py",
+    ),
     "great_expectations": ("mm_model/data/validate.py",),
     "pyarrow": ("mm_model/data/", "mm_model/catalogue/"),
     "safetensors": ("mm_model/bundle.py", "mm_model/training/", "mm_model/adapters/"),

@@ -24,7 +24,6 @@ from mm_model.api import (
     ZIP,
     Health,
     Limits,
-    ModalityInfo,
     ModalityList,
     ModelInfo,
     Origin,
@@ -44,9 +43,9 @@ from mm_model.errors import (
     OverloadedError,
     TooLargeError,
 )
-from mm_model.serving import metrics, openapi, page
+from mm_model.serving import legends, metrics, openapi, page, web
 from mm_model.serving.access import Guard, Keys
-from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
+from mm_model.serving.answers import Answer, aligned_answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
 from mm_model.serving.requests import Aligned, Prepared
@@ -82,6 +81,9 @@ def build_app(
     app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
         endpoint.embed
     )
+    app.post("/v1/align", response_class=Response, **openapi.align_operation(config))(
+        endpoint.align
+    )
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -105,6 +107,7 @@ def build_app(
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
+    web.mount(app)
     app.add_middleware(Guard, keys=keys)
     app.add_exception_handler(MMError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -145,6 +148,9 @@ class _Endpoint:
 
     async def embed(self, request: Request) -> Response:
         return await self._count("embed", request, self._embed)
+
+    async def align(self, request: Request) -> Response:
+        return await self._count("align", request, self._align)
 
     async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
         began, status = time.perf_counter(), 500
@@ -223,6 +229,15 @@ class _Endpoint:
         made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
         return _response(made, origin)
 
+    async def _align(self, request: Request, served: Served) -> Response:
+        parts = await _read_parts(request, self._limits.max_body_bytes)
+        aligned = await asyncio.to_thread(_prepare_embedding, parts, served, self._decoders)
+        del parts
+        origin = Origin(**_origin(served, aligned))
+        modalities = served.generator.modalities
+        made = await asyncio.to_thread(aligned_answer, aligned, modalities, origin)
+        return _response(made, origin)
+
     async def model(self) -> ModelInfo:
         served = self._source.served
         return ModelInfo(
@@ -235,7 +250,7 @@ class _Endpoint:
 
     async def modalities(self) -> ModalityList:
         known = self._served().generator.modalities.values()
-        return ModalityList(modalities=tuple(ModalityInfo.of(modality) for modality in known))
+        return legends.modality_list(known)
 
     async def healthz(self) -> Health:
         return Health()
