@@ -241,6 +241,20 @@ class Manifest(Record):
     files: tuple[ManifestFile, ...]
 
 
+class AlignedManifest(Record):
+    """manifest.json of aligned layers; each lies beside it as `<modality>.tif`."""
+
+    origin: Origin
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+    height: int
+    width: int
+    corners_lonlat: tuple[tuple[float, float], ...] | None = Field(
+        description="degrees, WGS 84: top left, top right, bottom right, bottom left; null for a "
+        "grid that lies nowhere"
+    )
+
+
 class BandInfo(Record):
     """A band of a modality."""
 
@@ -258,6 +272,30 @@ class ClassInfo(Record):
     color: str
 
 
+class ChannelInfo(Record):
+    """One channel of a picture: a weighted sum of bands, between two limits."""
+
+    name: str
+    weights: tuple[float, ...] = Field(description="one a band")
+    limits: tuple[float, float] = Field(description="values shown as the least and most")
+
+
+class DisplayInfo(Record):
+    """How the endpoint shows a modality: share = (sum of weights * bands - low) / (high - low),
+    clipped to 0..1, then share ** (1 / gamma).
+    """
+
+    channels: tuple[ChannelInfo, ...] = Field(
+        description="red, green and blue; or one, for `colors`; none for classes"
+    )
+    gamma: float
+    colors: tuple[str, ...] = Field(description="#rrggbb by the one channel's share, lowest first")
+    relative: bool = Field(
+        description="whether the limits are better those of the place shown: its 1st and 99th "
+        "percentile"
+    )
+
+
 class ModalityInfo(Record):
     """What a GeoTIFF of a modality holds, as input and as output."""
 
@@ -271,9 +309,10 @@ class ModalityInfo(Record):
     valid_range: tuple[float, float]
     bands: tuple[BandInfo, ...]
     classes: tuple[ClassInfo, ...]
+    display: DisplayInfo
 
     @classmethod
-    def of(cls, modality: Modality) -> ModalityInfo:
+    def of(cls, modality: Modality, display: DisplayInfo) -> ModalityInfo:
         record = modality.to_dict()
         return cls(
             name=modality.name,
@@ -286,6 +325,7 @@ class ModalityInfo(Record):
             valid_range=modality.valid_range,
             bands=tuple(BandInfo(**band) for band in record["bands"]),
             classes=tuple(ClassInfo(**item) for item in record["classes"]),
+            display=display,
         )
 
 
@@ -330,6 +370,9 @@ class ModalityList(Record):
     """Answer of GET /v1/modalities."""
 
     modalities: tuple[ModalityInfo, ...]
+    amount_colors: tuple[str, ...] = Field(
+        description="#rrggbb of amounts such as a spread, zero first"
+    )
 
 
 class Health(Record):

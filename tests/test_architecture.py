@@ -43,6 +43,7 @@ VENDORS = {
         "mm_model/serving/app.py",
         "mm_model/serving/access.py",
         "mm_model/serving/front.py",
+        "mm_model/serving/web/__init__.py",
         "mm_model/adapters/ray_proxy.py",
     ),
     "prometheus_client": ("mm_model/serving/metrics.py",),

@@ -36,19 +36,27 @@ from mm_model.serving.front import request_id_of
 KEYS, KEYS_FILE = "MM_API_KEYS", "MM_API_KEYS_FILE"
 """Variables that hold the lines of keys (";" stands for a line's end), or name their file."""
 
+PAGE_FILES = "/page"
+"""Where the files of the page at "/" lie."""
+
 AUDIT = logging.getLogger("mm_model.audit")
 """A record for each request, its facts as attributes: who, what, how it ended; nothing of what was
 sent."""
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # probes ask them, and they tell nothing
+_NEVER = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": f"default-src 'none'; style-src 'unsafe-inline'; {_NEVER}",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# The page at "/" runs its own scripts, asks its own endpoint, and turns no text into markup.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    f"require-trusted-types-for 'script'; {_NEVER}"
+)
 _LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<scopes>[a-z,]+)\s+(?P<digest>[0-9a-f]{64})")
 
 
@@ -62,6 +70,7 @@ class KeyScope(StrEnum):
 
 _NEEDED: Mapping[str, KeyScope] = {
     "/v1/generate": KeyScope.GENERATE,
+    "/v1/align": KeyScope.GENERATE,
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
@@ -192,7 +201,10 @@ class Guard:
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
-                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                if _is_page(seen.path):
+                    headers["Content-Security-Policy"] = _PAGE_POLICY
             seen.sent += len(message.get("body", b""))
             await send(message)
 
@@ -235,7 +247,7 @@ class Guard:
         return self._keys.get(_digest(given.strip()))
 
     def _check(self, path: str, key: Key | None) -> None:
-        if not self._keys or path in _OPEN:
+        if not self._keys or path in _OPEN or _is_page(path):
             return
         if key is None:
             raise UnauthenticatedError(
@@ -250,6 +262,11 @@ class Guard:
                 got=", ".join(sorted(key.scopes)),
                 allowed=f"a key with the scope {needed}",
             )
+
+
+def _is_page(path: str) -> bool:
+    """Whether it is of the page, whose files are no secret: it asks for a key itself."""
+    return path in ("", "/") or path.startswith(f"{PAGE_FILES}/")
 
 
 class _Seen:
@@ -270,15 +287,20 @@ class _Seen:
                 "request_id": request_id_of(self._scope),
                 "client": client[0] if client else None,
                 "key": self.key,
-                "method": self._scope["method"] if self.path in _KNOWN else "other",
-                # A path that nobody declared is something that the caller wrote.
-                "path": self.path if self.path in _KNOWN else "other",
+                "method": self._scope["method"] if self._shown_path() != "other" else "other",
+                "path": self._shown_path(),
                 "status": self.status,
                 "received_bytes": self.received,
                 "sent_bytes": self.sent,
                 "seconds": round(time.perf_counter() - self._began, 4),
             },
         )
+
+    def _shown_path(self) -> str:
+        """A path that nobody declared is something that the caller wrote."""
+        if _is_page(self.path):
+            return "/"
+        return self.path if self.path in _KNOWN else "other"
 
 
 def _refusal(error: MMError, scope: Scope) -> JSONResponse:

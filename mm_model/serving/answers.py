@@ -21,18 +21,21 @@ from mm_model.api import (
     TIFF,
     VECTOR_FILE,
     ZIP,
+    AlignedManifest,
     Manifest,
     ManifestFile,
+    Origin,
     Provenance,
     Record,
     SceneOrigin,
     SceneVector,
 )
-from mm_model.data import raster
+from mm_model.data import georeference, raster
 from mm_model.data.sidecar import sidecar
+from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.pictures import to_rgb
-from mm_model.serving.requests import Embedding, Result
+from mm_model.serving.requests import Aligned, Embedding, Result
 
 _GAP_PX = 4
 # The same answer has the same bytes whenever it is made.
@@ -70,6 +73,34 @@ def answer(
         return Answer(content, TIFF, file.name)
     files = _with_manifest(result, tiffs, provenance) | _sidecars(tiffs, modalities)
     return Answer(_zip(files), ZIP, "generated.zip")
+
+
+def aligned_answer(aligned: Aligned, modalities: Mapping[str, Modality], origin: Origin) -> Answer:
+    """The observed layers as GeoTIFFs on their one grid, and a manifest that places it."""
+    grid = aligned.grid
+    manifest = AlignedManifest(
+        origin=origin,
+        crs=grid.crs,
+        transform=grid.transform,
+        height=grid.height,
+        width=grid.width,
+        corners_lonlat=_corners_lonlat(grid),
+    )
+    layers = {
+        f"{name}.tif": _written(values, valid, grid, modalities[name], origin.tags())
+        for name, (values, valid) in aligned.observed.items()
+    }
+    return Answer(_zip({MANIFEST: _json(manifest), **layers}), ZIP, "aligned.zip")
+
+
+def _corners_lonlat(grid: Grid) -> tuple[tuple[float, float], ...] | None:
+    """None where the grid lies nowhere on Earth, or beyond what its system can express."""
+    if georeference.latitude_deg(grid) is None:
+        return None
+    corners = ((0, 0), (0, grid.width), (grid.height, grid.width), (grid.height, 0))
+    xs, ys = zip(*(grid.xy(row, col) for row, col in corners), strict=True)
+    found = georeference.to_lonlat(grid.crs, xs, ys)
+    return tuple((lon, lat) for lon, lat in found.tolist()) if np.isfinite(found).all() else None
 
 
 def embedding_answer(embedding: Embedding, origin: SceneOrigin, media_type: str) -> Answer:
@@ -136,14 +167,18 @@ def _vector(embedding: Embedding, origin: SceneOrigin) -> bytes:
 
 
 def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance) -> bytes:
-    content = raster.write_geotiff(
-        None,
-        result.values[modality.name][k],
-        result.valid,
-        result.grid,
-        modality,
-        tags={**provenance.tags(), "MM_SAMPLE": str(k)},
-    )
+    tags = {**provenance.tags(), "MM_SAMPLE": str(k)}
+    return _written(result.values[modality.name][k], result.valid, result.grid, modality, tags)
+
+
+def _written(
+    values: NDArray[np.generic],
+    valid: NDArray[np.bool_],
+    grid: Grid,
+    modality: Modality,
+    tags: Mapping[str, str],
+) -> bytes:
+    content = raster.write_geotiff(None, values, valid, grid, modality, tags=tags)
     assert content is not None  # no path was given
     return content
 

@@ -25,7 +25,6 @@ from mm_model.api import (
     ZIP,
     Health,
     Limits,
-    ModalityInfo,
     ModalityList,
     ModelInfo,
     Origin,
@@ -45,9 +44,9 @@ from mm_model.errors import (
     OverloadedError,
     TooLargeError,
 )
-from mm_model.serving import metrics, openapi, page
+from mm_model.serving import legends, metrics, openapi, page, web
 from mm_model.serving.access import SECURITY_HEADERS, Guard, Keys
-from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
+from mm_model.serving.answers import Answer, aligned_answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
 from mm_model.serving.front import Front, request_id_of
@@ -98,6 +97,9 @@ def build_app(
     app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
         endpoint.embed
     )
+    app.post("/v1/align", response_class=Response, **openapi.align_operation(config))(
+        endpoint.align
+    )
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -121,6 +123,7 @@ def build_app(
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
+    web.mount(app)
     app.add_middleware(
         Guard, keys=keys, max_per_key=config.max_per_key, on_refused=endpoint.count_refused
     )
@@ -175,6 +178,9 @@ class _Endpoint:
 
     async def embed(self, request: Request) -> Response:
         return await self._count("embed", request, self._embed)
+
+    async def align(self, request: Request) -> Response:
+        return await self._count("align", request, self._align)
 
     async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
         facts = {"request_id": request_id_of(request.scope)}
@@ -275,6 +281,14 @@ class _Endpoint:
         watch.note(height_px=height, width_px=width, observed=len(prepared.observed))
         return prepared
 
+    async def _align(self, request: Request, served: Served, watch: Watch) -> Response:
+        aligned = await self._prepared(request, served, watch, _prepare_embedding)
+        origin = Origin(**_origin(served, aligned))
+        modalities = served.generator.modalities
+        with watch.stage("write"):
+            made = await asyncio.to_thread(aligned_answer, aligned, modalities, origin)
+        return _response(made, origin)
+
     async def model(self) -> ModelInfo:
         served = self._source.served
         return ModelInfo(
@@ -287,7 +301,7 @@ class _Endpoint:
 
     async def modalities(self) -> ModalityList:
         known = self._served().generator.modalities.values()
-        return ModalityList(modalities=tuple(ModalityInfo.of(modality) for modality in known))
+        return legends.modality_list(known)
 
     async def healthz(self) -> Health:
         return Health()

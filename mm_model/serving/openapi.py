@@ -53,6 +53,13 @@ whole, `Accept: application/zip` both. The headers `X-Model-Name`, `X-Model-Vers
 `X-Bundle-Id`, `X-Observed` and `X-Conditions` say how it was made.
 """
 )
+_ALIGN = (
+    _LAYERS
+    + """they come back as a zip of GeoTIFFs on the grid of the finest one, in physical units, \
+with a `manifest.json` that says where it lies. Nothing is generated: it shows what `/v1/generate` \
+would take from these files, and refuses what that would refuse.
+"""
+)
 
 
 def generate_operation(config: ServeConfig) -> dict[str, Any]:
@@ -76,6 +83,18 @@ def embed_operation(config: ServeConfig) -> dict[str, Any]:
         "summary": "Embed what was observed",
         "description": _EMBED.strip(),
         "operation_id": "embed",
+        "responses": _responses(found),
+        "openapi_extra": {"requestBody": _request_body(config, CONDITION_FIELDS)},
+    }
+
+
+def align_operation(config: ServeConfig) -> dict[str, Any]:
+    """POST /v1/align, as FastAPI takes it."""
+    found = {"description": "The layers on one grid", "content": {ZIP: {"schema": {}}}}
+    return {
+        "summary": "See what was observed as the model sees it",
+        "description": _ALIGN.strip(),
+        "operation_id": "align",
         "responses": _responses(found),
         "openapi_extra": {"requestBody": _request_body(config, CONDITION_FIELDS)},
     }
