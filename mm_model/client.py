@@ -7,11 +7,11 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, NoReturn, Self
 
 import httpx
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from mm_model.api import (
     VECTOR_FILE,
     ZIP,
     Health,
+    JobInfo,
     Manifest,
     ModalityInfo,
     ModalityList,
@@ -39,7 +40,7 @@ from mm_model.errors import DeadlineError, MMError, NotReadyError, RequestError,
 _CONNECT_S = 10.0
 _PAUSE_S = 0.5
 
-_Part = tuple[str, tuple[str | None, bytes]]
+_Part = tuple[str, tuple[str | None, bytes | IO[bytes]]]
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,100 @@ class Client:
             files = {name: archive.read(name) for name in (SCENE_FILE, VECTOR_FILE)}
             return Embedded(files, SceneVector.model_validate_json(files[VECTOR_FILE]))
 
+    def fill(
+        self,
+        layer: str,
+        observed: Mapping[str, Path | bytes],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        steps: int = DEFAULT_STEPS,
+        uncertainty: bool = False,
+        conditions: Conditions = NOTHING,
+    ) -> Generated:
+        """Complete a layer that is observed in parts: the holes of `layer`, one of `observed`.
+
+        With `uncertainty`, mean and spread of two samples or more, too; the other arguments and
+        the errors are those of `generate`.
+        """
+        fields = {
+            "fill": layer,
+            "samples": samples,
+            "seed": seed,
+            "steps": steps,
+            "uncertainty": str(uncertainty).lower(),
+            **conditions.texts(),
+        }
+        response = self._call("POST", "/v1/fill", files=_form(observed, list(fields.items())))
+        with self._understood():
+            return _generated(response)
+
+    def start_job(
+        self,
+        observed: Mapping[str, Path],
+        targets: Sequence[str] = (),
+        *,
+        fill: str | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        steps: int = DEFAULT_STEPS,
+        uncertainty: bool = False,
+        conditions: Conditions = NOTHING,
+    ) -> JobInfo:
+        """Have files of any size generated from, or one of them filled; answers at once.
+
+        Files are sent as they are read. Sent twice, it is two jobs.
+        """
+        fields = {
+            "fill": fill,
+            "samples": samples,
+            "seed": seed,
+            "steps": steps,
+            "uncertainty": str(uncertainty).lower(),
+            **conditions.texts(),
+        }
+        parts = _form({}, [*fields.items(), *(("target", target) for target in targets)])
+        with ExitStack() as stack:
+            for name, path in observed.items():
+                parts.append((name, (f"{name}.tif", stack.enter_context(path.open("rb")))))
+            response = self._call("POST", "/v1/jobs", files=parts)
+        with self._understood():
+            return JobInfo.model_validate_json(response.content)
+
+    def job(self, job_id: str) -> JobInfo:
+        """How far a job is; raises RequestError if there is none, or no more."""
+        with self._understood():
+            return JobInfo.model_validate_json(self._call("GET", f"/v1/jobs/{job_id}").content)
+
+    def save_result(self, job_id: str, folder: Path) -> Path:
+        """Stream what a job made into a folder, made if need be; returns the file.
+
+        Raises:
+            RequestError: there is no such job, or it is not done.
+            ServiceError: nobody answers, or no more.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._http.stream("GET", f"{self._url}/v1/jobs/{job_id}/result") as response:
+                if not response.is_success:
+                    response.read()
+                    self._refused(response)
+                name = (
+                    response.headers["content-disposition"].partition('filename="')[2].rstrip('"')
+                )
+                path = folder / Path(name).name
+                partial = path.with_name(f".{path.name}.partial")
+                with partial.open("wb") as file:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+        except httpx.HTTPError as error:
+            raise ServiceError(f"nobody answers at {self._url}", got=error) from error
+        return partial.rename(path)
+
+    def delete_job(self, job_id: str) -> None:
+        """Cancel a job, or forget what it made; raises RequestError if there is none."""
+        self._call("DELETE", f"/v1/jobs/{job_id}")
+
     def model(self) -> ModelInfo:
         """Which version serves, what was refused, and the limits."""
         with self._understood():
@@ -249,6 +344,10 @@ class Client:
             ) from error
         if response.is_success:
             return response
+        self._refused(response)
+
+    def _refused(self, response: httpx.Response) -> NoReturn:
+        """Raise the error that a response tells of."""
         try:
             problem = Problem.model_validate_json(response.content)
         except ValidationError:

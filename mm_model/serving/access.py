@@ -41,6 +41,7 @@ _HEADERS: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_JOB_PATH = re.compile(r"^/v1/jobs/[0-9a-f]{32}(/result)?$")
 _LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<scopes>[a-z,]+)\s+(?P<digest>[0-9a-f]{64})")
 
 
@@ -54,10 +55,22 @@ class KeyScope(StrEnum):
 
 _NEEDED: Mapping[str, KeyScope] = {
     "/v1/generate": KeyScope.GENERATE,
+    "/v1/fill": KeyScope.GENERATE,
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
-_KNOWN = {*_OPEN, *_NEEDED, "/v1/model", "/v1/modalities", "/docs", "/openapi.json"}
+_JOBS = "/v1/jobs"
+_KNOWN = {
+    _JOBS,
+    _JOBS + "/{job_id}",
+    _JOBS + "/{job_id}/result",
+    *_OPEN,
+    *_NEEDED,
+    "/v1/model",
+    "/v1/modalities",
+    "/docs",
+    "/openapi.json",
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +194,7 @@ class Guard:
             key = self._key(scope)
             seen.key = key.name if key else None
             self._check(seen.path, key)
+            scope[_HOLDER] = seen.key or ""
         except MMError as error:
             answer = JSONResponse(
                 problem_of(error).model_dump(exclude_none=True),
@@ -211,7 +225,8 @@ class Guard:
                 allowed="the header Authorization: Bearer <key>",
                 remedy="ask who runs the endpoint for a key",
             )
-        needed = _NEEDED.get(path)
+        is_job = path == _JOBS or path.startswith(_JOBS + "/")
+        needed = KeyScope.GENERATE if is_job else _NEEDED.get(path)
         if needed is not None and needed not in key.scopes:
             raise ForbiddenError(
                 "the API key is for something else",
@@ -220,12 +235,21 @@ class Guard:
             )
 
 
+_HOLDER = "mm_model.holder"
+
+
+def holder_of(scope: Mapping[str, Any]) -> str:
+    """Name of the key that a request came with; "" where there are none."""
+    return str(scope.get(_HOLDER, ""))
+
+
 class _Seen:
     """What the audit log tells of a request."""
 
     def __init__(self, scope: Scope) -> None:
         root, path = scope.get("root_path", ""), scope["path"]
         self.path = path[len(root) :] if root and path.startswith(root) else path
+        self._shown = _JOB_PATH.sub(r"/v1/jobs/{job_id}\1", self.path)
         self._scope, self._began = scope, time.perf_counter()
         self.key: str | None = None
         self.status, self.received, self.sent = 499, 0, 0  # as where the caller leaves
@@ -235,9 +259,9 @@ class _Seen:
         line: MutableMapping[str, Any] = {
             "client": client[0] if client else None,
             "key": self.key,
-            "method": self._scope["method"] if self.path in _KNOWN else "other",
+            "method": self._scope["method"] if self._shown in _KNOWN else "other",
             # A path that nobody declared is something that the caller wrote.
-            "path": self.path if self.path in _KNOWN else "other",
+            "path": self._shown if self._shown in _KNOWN else "other",
             "status": self.status,
             "received_bytes": self.received,
             "sent_bytes": self.sent,

@@ -1,10 +1,10 @@
-"""The HTTP interface; the only module that knows FastAPI."""
+"""The HTTP interface; this module and the jobs' routes know FastAPI."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
@@ -38,35 +38,44 @@ from mm_model.api import (
 from mm_model.config import ServeConfig
 from mm_model.errors import (
     DeadlineError,
-    MediaTypeError,
     MMError,
     NotReadyError,
     OverloadedError,
-    TooLargeError,
 )
 from mm_model.serving import metrics, openapi, page
 from mm_model.serving.access import Guard, Keys
 from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
+from mm_model.serving.forms import limited_form
+from mm_model.serving.jobs.routes import Jobs, JobsPlace
+from mm_model.serving.presence import while_present
 from mm_model.serving.requests import Aligned, Prepared
-from mm_model.serving.uploads import Part, read_embed_request, read_request
+from mm_model.serving.scene_answers import answer_scene
+from mm_model.serving.uploads import (
+    FIELDS,
+    FILL_FIELDS,
+    Part,
+    read_embed_request,
+    read_request,
+    wants_uncertainty,
+)
 
 _Answering = Callable[[Request, Served], Awaitable[Response]]
 
-# What a text field of a form may hold at most; a long WKT has some 10 kB.
-_MAX_FIELD_BYTES = 64 * 1024
-_MAX_PARTS = 64
-
 
 def build_app(
-    source: ModelSource, config: ServeConfig, keys: Keys = MappingProxyType({})
+    source: ModelSource,
+    config: ServeConfig,
+    keys: Keys = MappingProxyType({}),
+    jobs: JobsPlace | None = None,
 ) -> FastAPI:
     """The endpoint over a source of models, with the limits of the configuration.
 
-    Where there are keys, it answers nobody else; see `access`.
+    It takes jobs where it is told where to keep them. Where there are keys, it answers nobody else;
+    see `access`.
     """
-    endpoint = _Endpoint(source, config)
+    endpoint = _Endpoint(source, config, jobs)
     app = FastAPI(
         lifespan=endpoint.lifespan,
         title="mm-model",
@@ -79,9 +88,11 @@ def build_app(
     app.post("/v1/generate", response_class=Response, **openapi.generate_operation(config))(
         endpoint.generate
     )
+    app.post("/v1/fill", response_class=Response, **openapi.fill_operation(config))(endpoint.fill)
     app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
         endpoint.embed
     )
+    endpoint.jobs.add_routes(app, config)
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -115,8 +126,9 @@ def build_app(
 class _Endpoint:
     """The operations, over one source and one queue."""
 
-    def __init__(self, source: ModelSource, config: ServeConfig) -> None:
+    def __init__(self, source: ModelSource, config: ServeConfig, jobs: JobsPlace | None) -> None:
         self._source = source
+        self.jobs = Jobs(jobs, source, config, self._served)
         self._decoders = shared_pool(config.max_side_px)
         self._metrics = metrics.Metrics()
         self._batcher = Batcher(
@@ -133,11 +145,13 @@ class _Endpoint:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Decoders are warm before the first request."""
+        """Decoders are warm before the first request, and jobs of before go on."""
         self._decoders.start()
+        self.jobs.start()
         try:
             yield
         finally:
+            await asyncio.to_thread(self.jobs.close)
             self._decoders.close()
 
     async def generate(self, request: Request) -> Response:
@@ -145,6 +159,9 @@ class _Endpoint:
 
     async def embed(self, request: Request) -> Response:
         return await self._count("embed", request, self._embed)
+
+    async def fill(self, request: Request) -> Response:
+        return await self._count("fill", request, self._fill)
 
     async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
         began, status = time.perf_counter(), 500
@@ -192,9 +209,12 @@ class _Endpoint:
 
     async def _generate(self, request: Request, served: Served) -> Response:
         parts = await _read_parts(request, self._limits.max_body_bytes)
+        if wants_uncertainty(parts):
+            return await self._whole(request, served, parts, FIELDS)
         prepared = await asyncio.to_thread(_prepare, parts, served, self._decoders)
         del parts
-        result = await self._batcher.submit(served.generator.sample, prepared)
+        sampling = self._batcher.submit(served.generator.sample, prepared)
+        result = await while_present(request, sampling)
         provenance = Provenance(
             **_origin(served, prepared),
             targets=prepared.targets,
@@ -211,11 +231,25 @@ class _Endpoint:
         )
         return _response(made, provenance)
 
+    async def _fill(self, request: Request, served: Served) -> Response:
+        parts = await _read_parts(request, self._limits.max_body_bytes)
+        return await self._whole(request, served, parts, FILL_FIELDS)
+
+    async def _whole(
+        self, request: Request, served: Served, parts: list[Part], fields: Mapping[str, str]
+    ) -> Response:
+        made, provenance = await while_present(
+            request, answer_scene(parts, fields, served, self._decoders, self._batcher)
+        )
+        return _response(made, provenance)
+
     async def _embed(self, request: Request, served: Served) -> Response:
         parts = await _read_parts(request, self._limits.max_body_bytes)
         prepared = await asyncio.to_thread(_prepare_embedding, parts, served, self._decoders)
         del parts
-        embedding = await self._batcher.submit(served.generator.scenes, prepared)
+        embedding = await while_present(
+            request, self._batcher.submit(served.generator.scenes, prepared)
+        )
         origin = SceneOrigin(
             **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
         )
@@ -293,48 +327,11 @@ def _response(made: Answer, origin: Origin) -> Response:
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[Part]:
-    """The parts of a multipart form, its size checked before and while it is read."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise MediaTypeError(
-            "body",
-            got=media_type[:80] or "no Content-Type",
-            allowed="multipart/form-data",
-            remedy="send it with curl -F",
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(declared, max_bytes)
-    limited = _LimitedReceive(request, max_bytes)
-    async with Request(request.scope, limited).form(
-        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
-    ) as form:
+    async with limited_form(request, max_bytes) as form:
         return [
             Part(name, await value.read() if isinstance(value, UploadFile) else value)
             for name, value in form.multi_items()
         ]
-
-
-class _LimitedReceive:
-    """ASGI's receive, which stops at the first byte over a limit."""
-
-    def __init__(self, request: Request, max_bytes: int) -> None:
-        self._receive = request.receive
-        self._max_bytes = max_bytes
-        self._got = 0
-
-    async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
-        self._got += len(message.get("body", b""))
-        if self._got > self._max_bytes:
-            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
-        return message
-
-
-def _too_large(got: str, max_bytes: int) -> TooLargeError:
-    return TooLargeError(
-        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
-    )
 
 
 async def _on_error(_: Request, error: Exception) -> Response:
