@@ -3,12 +3,14 @@
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from serving_fixtures import ask, form, geotiff, make_layer, make_source, refused, serve_config
 
 from mm_model.api import JobInfo, JobState, Provenance
+from mm_model.client import Client
 from mm_model.data import raster
-from mm_model.errors import OverloadedError
+from mm_model.errors import OverloadedError, RequestError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.access import KeyScope, new_key, parse_keys
@@ -186,3 +188,34 @@ def test_a_deleted_job_ends_and_leaves_nothing(tmp_path):
         assert time.monotonic() < give_up
         time.sleep(0.2)
     refused(get(app, path), 404, "request")
+
+
+class InProcess(httpx.BaseTransport):
+    """The real application behind a synchronous client."""
+
+    def __init__(self, app):
+        self._app = app
+
+    def handle_request(self, request):
+        request.read()
+        headers = {k: v for k, v in request.headers.items() if k != "host"}
+        sent = {"content": request.content, "headers": headers}
+        (answer,) = ask(self._app, (request.method, request.url.path, sent))
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+
+def test_the_client_fills_and_keeps_jobs(tmp_path):
+    app, dem = endpoint(tmp_path / "jobs"), tmp_path / "holes.tif"
+    dem.write_bytes(geotiff("dem"))
+    with Client("http://test", transport=InProcess(app)) as client:
+        filled = client.fill("dem", {"dem": dem}, seed=2, steps=1)
+        job = client.start_job({"dem": dem}, fill="dem", seed=2, steps=1)
+        while client.job(job.id).state is not JobState.DONE:
+            time.sleep(0.2)
+        path = client.save_result(job.id, tmp_path / "out")
+        assert {path.name: path.read_bytes()} == filled.files
+        client.delete_job(job.id)
+        with pytest.raises(RequestError, match="no such job"):
+            client.job(job.id)
+        with pytest.raises(RequestError, match="no such job"):
+            client.save_result(job.id, tmp_path / "out")
