@@ -6,6 +6,8 @@ Light on purpose: no torch, no rasterio, no web framework.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -169,6 +171,13 @@ class Origin(Record):
         known = (item.partition("=")[::2] for item in _items(found["conditions"]))
         return cls.model_validate({**found, "conditions": parse_conditions(dict(known))})
 
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Self:
+        """Read back what `tags` wrote; GDAL drops those that are empty."""
+        return cls.from_headers(
+            {h: tags.get(f"MM_{name.upper()}", "") for name, h in cls.HEADERS.items()}
+        )
+
     def tags(self) -> dict[str, str]:
         """The tags that a GeoTIFF carries."""
         return {f"MM_{name.upper()}": _text(getattr(self, name)) for name in self.HEADERS}
@@ -222,12 +231,36 @@ def _items(text: object) -> Iterator[str]:
     return filter(None, str(text or "").split(","))
 
 
+class JobState(StrEnum):
+    """How a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class JobInfo(Record):
+    """A job, as its owner sees it."""
+
+    id: str
+    state: JobState
+    progress: Annotated[float, Field(ge=0, le=1, description="share of the windows computed")]
+    time_left_s: float | None = Field(description="by the pace so far; null where none is known")
+    attempt: int = Field(description="which one this is; another where a process ended")
+    created_at: datetime
+    expires_at: datetime | None = Field(description="when it is forgotten; null until it has ended")
+    problem: Problem | None = Field(description="why it failed")
+
+
 class ManifestFile(Record):
     """One GeoTIFF of a zip answer."""
 
     name: str
     modality: str
-    sample: Annotated[int, Field(ge=0)]
+    sample: Annotated[int, Field(ge=0)] | None = Field(
+        description="null where a file tells of all samples"
+    )
 
 
 class Manifest(Record):

@@ -27,6 +27,7 @@ from mm_model.api import (
     VECTOR_FILE,
     ZIP,
     Health,
+    JobInfo,
     Manifest,
     ModalityInfo,
     ModalityList,
@@ -38,6 +39,8 @@ from mm_model.api import (
 )
 from mm_model.conditions import NOTHING, Conditions
 from mm_model.errors import RequestError, ServiceError
+
+_JOBS = "/v1/jobs"
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -237,6 +240,90 @@ def embed(
     fields = list(conditions.texts().items())
     accept = {"Accept": ZIP}
     return Call("POST", "/v1/embed", _embedded, fields, observed, accept, _save_embedded)
+
+
+def fill(
+    layer: str,
+    observed: Mapping[str, Path | bytes],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    uncertainty: bool = False,
+    conditions: Conditions = NOTHING,
+) -> Call[Generated]:
+    """Complete a layer that is observed in parts: the holes of `layer`, one of `observed`.
+
+    With `uncertainty`, mean and spread of two samples or more, too; the other arguments and the
+    errors are those of `generate`.
+    """
+    fields = {
+        "fill": layer,
+        "samples": samples,
+        "seed": seed,
+        "steps": steps,
+        "uncertainty": str(uncertainty).lower(),
+        **conditions.texts(),
+    }
+    form = list(fields.items())
+    return Call("POST", "/v1/fill", _generated, form, observed, {}, _save_generated)
+
+
+def start_job(
+    observed: Mapping[str, Path],
+    targets: Sequence[str] = (),
+    *,
+    fill: str | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    uncertainty: bool = False,
+    conditions: Conditions = NOTHING,
+) -> Call[JobInfo]:
+    """Have files of any size generated from, or one of them filled; answers at once.
+
+    Sent twice, it is two jobs; so it is not repeated where the endpoint may have got it.
+    """
+    fields = {
+        "fill": fill,
+        "samples": samples,
+        "seed": seed,
+        "steps": steps,
+        "uncertainty": str(uncertainty).lower(),
+        **conditions.texts(),
+    }
+    return Call(
+        "POST",
+        _JOBS,
+        _record(JobInfo),
+        [*fields.items(), *(("target", target) for target in targets)],
+        dict(observed),
+        repeat=Repeat.IF_REFUSED,
+    )
+
+
+def job(job_id: str) -> Call[JobInfo]:
+    """How far a job is; raises RequestError if there is none, or no more."""
+    return Call("GET", f"{_JOBS}/{job_id}", _record(JobInfo))
+
+
+def save_result(job_id: str, folder: Path) -> Call[Path]:
+    """What a job made, written into a folder, which is made, while it comes; returns the file.
+
+    Raises:
+        RequestError: there is no such job, or it is not done.
+        ServiceError: nobody answers, or no more.
+    """
+
+    def keep(headers: Headers, body: BinaryIO) -> Path:
+        return _write(folder, _filename(headers), body)
+
+    return Call("GET", f"{_JOBS}/{job_id}/result", keep, folder=folder)
+
+
+def delete_job(job_id: str) -> Call[None]:
+    """Cancel a job, or forget what it made; raises RequestError if there is none."""
+    return Call("DELETE", f"{_JOBS}/{job_id}", lambda *_: None, repeat=Repeat.IF_REFUSED)
 
 
 def model() -> Call[ModelInfo]:

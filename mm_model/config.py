@@ -211,6 +211,16 @@ class RegisterConfig(Section):
     gate: GateConfig
 
 
+class JobsConfig(Section):
+    """Long jobs of the endpoint; limits on jobs and bytes hold for each API key."""
+
+    max_side_px: Annotated[int, Field(ge=16)]
+    max_upload_mb: PositiveInt
+    max_jobs: PositiveInt
+    max_stored_mb: PositiveInt
+    keep_hours: PositiveFloat
+
+
 class ServeConfig(Section):
     """The endpoint: its place, its workers and its limits."""
 
@@ -229,6 +239,7 @@ class ServeConfig(Section):
     max_samples: PositiveInt
     deadline_s: PositiveFloat
     alias_poll_s: PositiveFloat
+    jobs: JobsConfig
     traces_url: HttpUrl | None = Field(
         None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
     )

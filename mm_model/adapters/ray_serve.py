@@ -31,6 +31,7 @@ from mm_model.geo.grid import Grid
 from mm_model.serving.access import check_exposure, configured_keys, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
+from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.metrics import Metrics, Snapshot
 
 # A share of a logical CPU: replicas stand beside training on small machines, and are mostly idle.
@@ -63,11 +64,18 @@ class Endpoint:
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
         self._champion = ChampionFollower(model, cache, self._load)
+        folder = environment.state_dir() / "jobs" / model
+        self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
         self._champion.start(self._config.alias_poll_s)
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return build_app(
-            self._champion, self._config, self._keys, counted=self._counted, gather=self._gather
+            self._champion,
+            self._config,
+            self._keys,
+            self._jobs,
+            counted=self._counted,
+            gather=self._gather,
         )
 
     async def counted(self) -> tuple[str, Snapshot]:

@@ -26,8 +26,7 @@ from mm_model.pretrained import NAME, PRETRAINED
 
 if TYPE_CHECKING:
     from mm_model.serving.generator import Generator, ObservedLayer
-    from mm_model.serving.requests import Aligned
-    from mm_model.serving.scenes import SceneRequest
+    from mm_model.serving.requests import Aligned, SceneRequest
 
 _PANEL_PX = 1024  # longest side of a panel
 _MAX_SAMPLES = 1024  # they are drawn one after another
@@ -74,7 +73,7 @@ def generate(
             )  # fmt: skip
             written = list(answer.paths)
     else:
-        from mm_model.serving.scenes import SceneRequest
+        from mm_model.serving.requests import SceneRequest
 
         folder = bundle or _bundle_at_hand()
         request = SceneRequest(
@@ -98,7 +97,7 @@ def fill(
     bundle: Path | None,
 ) -> None:
     """Complete a layer, "modality=file", guided by what is observed of it and of others."""
-    from mm_model.serving.scenes import SceneRequest
+    from mm_model.serving.requests import SceneRequest
 
     name, _ = _observation(layer, "the layer to fill:")
     files = _observations([layer, *observe], bundle, None)

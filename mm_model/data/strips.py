@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from mm_model.errors import RasterError
 from mm_model.geo.grid import Grid
 
 BLOCK_PX = 512  # side of the blocks of what is written
+COPY_BLOCK_PX = 256  # side of the blocks of a copy
 CACHE_MB = 128  # of decoded blocks that GDAL may hold
 _LATTICE = 33  # points along a strip's side that say which part of a source lies below it
 _KERNEL_PX = 3  # that resampling reaches beyond a pixel, in source pixels and more
@@ -193,3 +194,61 @@ class CogWriter:
                 got=" ".join(str(error.__cause__ or error).split())[:200],
                 remedy="look whether the disk is full",
             ) from error
+
+
+def write_copy(
+    path: Path,
+    header: raster.RasterHeader,
+    numbers: Sequence[int],
+    rows: Iterable[tuple[int, NDArray[np.generic], NDArray[np.bool_]]],
+) -> None:
+    """Write decoded pixels as they are: what reads the copy reads what the original holds.
+
+    Args:
+        path: of the GeoTIFF; the mask is inside it, tags are not copied.
+        header: of the original.
+        numbers: of the bands that are copied, from 1.
+        rows: from top to bottom: first row, values [bands, rows, W], valid [rows, W].
+
+    Raises:
+        RasterError: it cannot be written.
+    """
+    grid, picked = header.grid, [number - 1 for number in numbers]
+    options = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": CACHE_MB}
+    try:
+        with (
+            raster.quiet(),
+            rasterio.Env(**options),
+            rasterio.open(
+                path,
+                "w",
+                driver="GTiff",
+                height=grid.height,
+                width=grid.width,
+                count=len(picked),
+                dtype=header.dtype,
+                crs=grid.crs or None,
+                transform=Affine(*grid.transform),
+                tiled=True,
+                blockxsize=COPY_BLOCK_PX,
+                blockysize=COPY_BLOCK_PX,
+                interleave="band",
+                compress="deflate",
+                zlevel=1,
+                bigtiff="if_safer",
+            ) as copy,
+        ):
+            copy.descriptions = tuple(header.band_names[k] for k in picked)
+            copy.units = tuple(header.units[k] for k in picked)
+            copy.scales = tuple(header.scales[k] for k in picked)
+            copy.offsets = tuple(header.offsets[k] for k in picked)
+            for row, values, valid in rows:
+                window = Window(0, row, grid.width, values.shape[1])
+                copy.write(values, window=window)
+                copy.write_mask(valid, window=window)
+    except RasterioError as error:
+        raise RasterError(
+            "a copy of an upload cannot be written",
+            got=" ".join(str(error.__cause__ or error).split())[:200],
+            remedy="look whether the disk is full",
+        ) from error

@@ -20,10 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_model.api import PROBLEM, RETRY_AFTER_S, problem_of
 from mm_model.errors import (
     ConfigError,
     ForbiddenError,
@@ -57,6 +55,7 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     f"require-trusted-types-for 'script'; {_NEVER}"
 )
+_JOB_PATH = re.compile(r"^/v1/jobs/[0-9a-f]{32}(/result)?$")
 _LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<scopes>[a-z,]+)\s+(?P<digest>[0-9a-f]{64})")
 
 
@@ -71,11 +70,18 @@ class KeyScope(StrEnum):
 _NEEDED: Mapping[str, KeyScope] = {
     "/v1/generate": KeyScope.GENERATE,
     "/v1/align": KeyScope.GENERATE,
+    "/v1/fill": KeyScope.GENERATE,
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
 _WORK = frozenset({KeyScope.GENERATE, KeyScope.EMBED})
-_KNOWN = {*_OPEN, *_NEEDED, "/v1/model", "/v1/modalities", "/docs", "/openapi.json"}
+_JOBS = "/v1/jobs"
+_KNOWN = {
+    *(_JOBS, _JOBS + "/{job_id}", _JOBS + "/{job_id}/result"),
+    *_OPEN,
+    *_NEEDED,
+    *("/v1/model", "/v1/modalities", "/docs", "/openapi.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,7 @@ class Guard:
                 key = self._key(scope)
                 seen.key = key.name if key else None
                 self._check(seen.path, key)
+                scope[_HOLDER] = seen.key or ""
                 with self._place(seen.path, key):
                     await self._app(scope, counted, secured)
             except MMError as error:  # of this guard: the application answers its own
@@ -255,7 +262,8 @@ class Guard:
                 allowed="the header Authorization: Bearer <key>",
                 remedy="ask who runs the endpoint for a key",
             )
-        needed = _NEEDED.get(path)
+        is_job = path == _JOBS or path.startswith(_JOBS + "/")
+        needed = KeyScope.GENERATE if is_job else _NEEDED.get(path)
         if needed is not None and needed not in key.scopes:
             raise ForbiddenError(
                 "the API key is for something else",
@@ -269,12 +277,21 @@ def _is_page(path: str) -> bool:
     return path in ("", "/") or path.startswith(f"{PAGE_FILES}/")
 
 
+_HOLDER = "mm_model.holder"
+
+
+def holder_of(scope: Scope) -> str:
+    """Name of the key that a request came with; "" where there are none."""
+    return str(scope.get(_HOLDER, ""))
+
+
 class _Seen:
     """What the audit log tells of a request."""
 
     def __init__(self, scope: Scope) -> None:
         root, path = scope.get("root_path", ""), scope["path"]
         self.path = path[len(root) :] if root and path.startswith(root) else path
+        self._shown = _JOB_PATH.sub(r"/v1/jobs/{job_id}\1", self.path)
         self._scope, self._began = scope, time.perf_counter()
         self.key: str | None = None
         self.status, self.received, self.sent = 499, 0, 0  # as where the caller leaves
@@ -300,7 +317,7 @@ class _Seen:
         """A path that nobody declared is something that the caller wrote."""
         if _is_page(self.path):
             return "/"
-        return self.path if self.path in _KNOWN else "other"
+        return self._shown if self._shown in _KNOWN else "other"
 
 
 def _refusal(error: MMError, scope: Scope) -> JSONResponse:

@@ -39,7 +39,7 @@ from mm_model.serving.requests import Aligned, Embedding, Result
 
 _GAP_PX = 4
 # The same answer has the same bytes whenever it is made.
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def aligned_answer(aligned: Aligned, modalities: Mapping[str, Modality], origin:
         f"{name}.tif": _written(values, valid, grid, modalities[name], origin.tags())
         for name, (values, valid) in aligned.observed.items()
     }
-    return Answer(_zip({MANIFEST: _json(manifest), **layers}), ZIP, "aligned.zip")
+    return Answer(_zip({MANIFEST: encode_record(manifest), **layers}), ZIP, "aligned.zip")
 
 
 def _corners_lonlat(grid: Grid) -> tuple[tuple[float, float], ...] | None:
@@ -163,7 +163,7 @@ def _scene(embedding: Embedding, origin: SceneOrigin) -> bytes:
 
 
 def _vector(embedding: Embedding, origin: SceneOrigin) -> bytes:
-    return _json(SceneVector(**dict(origin), vector=tuple(embedding.vector.tolist())))
+    return encode_record(SceneVector(**dict(origin), vector=tuple(embedding.vector.tolist())))
 
 
 def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance) -> bytes:
@@ -194,7 +194,7 @@ def _with_manifest(
         width=result.grid.width,
         files=tuple(tiffs),
     )
-    return {MANIFEST: _json(manifest), **{file.name: c for file, c in tiffs.items()}}
+    return {MANIFEST: encode_record(manifest), **{file.name: c for file, c in tiffs.items()}}
 
 
 def _sidecars(
@@ -208,11 +208,11 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:  # stored: the GeoTIFFs are compressed already
         for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
+            archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
     return buffer.getvalue()
 
 
-def _json(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     return (record.model_dump_json(indent=2) + "\n").encode()
 
 

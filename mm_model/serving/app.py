@@ -1,9 +1,9 @@
-"""The HTTP interface; the only module that knows FastAPI."""
+"""The HTTP interface; this module and the jobs' routes know FastAPI."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -38,27 +38,33 @@ from mm_model.api import (
 from mm_model.config import ServeConfig
 from mm_model.errors import (
     DeadlineError,
-    MediaTypeError,
     MMError,
     NotReadyError,
     OverloadedError,
-    TooLargeError,
 )
 from mm_model.serving import legends, metrics, openapi, page, web
 from mm_model.serving.access import SECURITY_HEADERS, Guard, Keys
 from mm_model.serving.answers import Answer, aligned_answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
+from mm_model.serving.forms import limited_form
 from mm_model.serving.front import Front, request_id_of
+from mm_model.serving.jobs.routes import Jobs, JobsPlace
+from mm_model.serving.presence import while_present
 from mm_model.serving.requests import Aligned, Prepared
-from mm_model.serving.uploads import Part, read_embed_request, read_request
+from mm_model.serving.scene_answers import answer_scene
+from mm_model.serving.uploads import (
+    FIELDS,
+    FILL_FIELDS,
+    Part,
+    read_embed_request,
+    read_request,
+    wants_uncertainty,
+)
 from mm_model.serving.watch import TRACER, Watch, watched
 
 _Answering = Callable[[Request, Served, Watch], Awaitable[Response]]
 
-# What a text field of a form may hold at most; a long WKT has some 10 kB.
-_MAX_FIELD_BYTES = 64 * 1024
-_MAX_PARTS = 64
 _A = TypeVar("_A", bound=Aligned)
 
 
@@ -66,6 +72,7 @@ def build_app(
     source: ModelSource,
     config: ServeConfig,
     keys: Keys = MappingProxyType({}),
+    jobs: JobsPlace | None = None,
     *,
     counted: metrics.Metrics | None = None,
     gather: metrics.Gather | None = None,
@@ -77,11 +84,12 @@ def build_app(
         source: says which model serves.
         config: limits.
         keys: where there are any, it answers nobody else; see `access`.
+        jobs: where they are kept; it takes none, without.
         counted: where it counts; of its own, without.
         gather: asks all replicas for what they have counted; it is alone, without.
         tracer: where spans go.
     """
-    endpoint = _Endpoint(source, config, counted or metrics.Metrics(), gather, tracer)
+    endpoint = _Endpoint(source, config, jobs, counted or metrics.Metrics(), gather, tracer)
     app = FastAPI(
         lifespan=endpoint.lifespan,
         title="mm-model",
@@ -94,12 +102,14 @@ def build_app(
     app.post("/v1/generate", response_class=Response, **openapi.generate_operation(config))(
         endpoint.generate
     )
+    app.post("/v1/fill", response_class=Response, **openapi.fill_operation(config))(endpoint.fill)
     app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
         endpoint.embed
     )
     app.post("/v1/align", response_class=Response, **openapi.align_operation(config))(
         endpoint.align
     )
+    endpoint.jobs.add_routes(app, config)
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -141,11 +151,13 @@ class _Endpoint:
         self,
         source: ModelSource,
         config: ServeConfig,
+        jobs: JobsPlace | None,
         counted: metrics.Metrics,
         gather: metrics.Gather | None,
         tracer: Tracer,
     ) -> None:
         self._source = source
+        self.jobs = Jobs(jobs, source, config, self._served)
         self._decoders = shared_pool(config.max_side_px)
         self._metrics, self._gather, self._tracer = counted, gather, tracer
         counted.decoders_replaced.set_function(lambda: self._decoders.replaced)
@@ -166,11 +178,13 @@ class _Endpoint:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Decoders are warm before the first request."""
+        """Decoders are warm before the first request, and jobs of before go on."""
         self._decoders.start()
+        self.jobs.start()
         try:
             yield
         finally:
+            await asyncio.to_thread(self.jobs.close)
             self._decoders.close()
 
     async def generate(self, request: Request) -> Response:
@@ -181,6 +195,9 @@ class _Endpoint:
 
     async def align(self, request: Request) -> Response:
         return await self._count("align", request, self._align)
+
+    async def fill(self, request: Request) -> Response:
+        return await self._count("fill", request, self._fill)
 
     async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
         facts = {"request_id": request_id_of(request.scope)}
@@ -231,9 +248,13 @@ class _Endpoint:
             self._metrics.in_progress.dec()
 
     async def _generate(self, request: Request, served: Served, watch: Watch) -> Response:
-        prepared = await self._prepared(request, served, watch, _prepare)
+        parts = await self._read(request, watch)
+        if wants_uncertainty(parts):
+            return await self._whole(request, served, parts, FIELDS)
+        prepared = await self._prepared(parts, served, watch, _prepare)
         watch.note(samples=prepared.samples, steps=prepared.steps)
-        result = await self._batcher.submit(served.generator.sample, prepared, watch.took)
+        sampling = self._batcher.submit(served.generator.sample, prepared, watch.took)
+        result = await while_present(request, sampling)
         for name, values in result.values.items():
             self._metrics.pixels.labels(name).inc(len(values) * prepared.valid.size)
         provenance = Provenance(
@@ -253,9 +274,23 @@ class _Endpoint:
             )
         return _response(made, provenance)
 
+    async def _fill(self, request: Request, served: Served, watch: Watch) -> Response:
+        return await self._whole(request, served, await self._read(request, watch), FILL_FIELDS)
+
+    async def _whole(
+        self, request: Request, served: Served, parts: list[Part], fields: Mapping[str, str]
+    ) -> Response:
+        made, provenance = await while_present(
+            request, answer_scene(parts, fields, served, self._decoders, self._batcher)
+        )
+        return _response(made, provenance)
+
     async def _embed(self, request: Request, served: Served, watch: Watch) -> Response:
-        prepared = await self._prepared(request, served, watch, _prepare_embedding)
-        embedding = await self._batcher.submit(served.generator.scenes, prepared, watch.took)
+        parts = await self._read(request, watch)
+        prepared = await self._prepared(parts, served, watch, _prepare_embedding)
+        embedding = await while_present(
+            request, self._batcher.submit(served.generator.scenes, prepared, watch.took)
+        )
         origin = SceneOrigin(
             **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
         )
@@ -264,16 +299,18 @@ class _Endpoint:
             made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
         return _response(made, origin)
 
+    async def _read(self, request: Request, watch: Watch) -> list[Part]:
+        with watch.stage("read"):
+            return await _read_parts(request, self._limits.max_body_bytes)
+
     async def _prepared(
         self,
-        request: Request,
+        parts: list[Part],
         served: Served,
         watch: Watch,
         prepare: Callable[[list[Part], Served, DecoderPool], _A],
     ) -> _A:
-        """A form's layers, read, decoded and aligned."""
-        with watch.stage("read"):
-            parts = await _read_parts(request, self._limits.max_body_bytes)
+        """A form's layers, decoded and aligned."""
         with watch.stage("decode"):
             prepared = await asyncio.to_thread(prepare, parts, served, self._decoders)
             await asyncio.to_thread(self._metrics.see_input, served.generator, prepared.observed)
@@ -282,7 +319,8 @@ class _Endpoint:
         return prepared
 
     async def _align(self, request: Request, served: Served, watch: Watch) -> Response:
-        aligned = await self._prepared(request, served, watch, _prepare_embedding)
+        parts = await self._read(request, watch)
+        aligned = await self._prepared(parts, served, watch, _prepare_embedding)
         origin = Origin(**_origin(served, aligned))
         modalities = served.generator.modalities
         with watch.stage("write"):
@@ -396,45 +434,8 @@ def _response(made: Answer, origin: Origin) -> Response:
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[Part]:
-    """The parts of a multipart form, its size checked before and while it is read."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise MediaTypeError(
-            "body",
-            got=media_type[:80] or "no Content-Type",
-            allowed="multipart/form-data",
-            remedy="send it with curl -F",
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(declared, max_bytes)
-    limited = _LimitedReceive(request, max_bytes)
-    async with Request(request.scope, limited).form(
-        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
-    ) as form:
+    async with limited_form(request, max_bytes) as form:
         return [
             Part(name, await value.read() if isinstance(value, UploadFile) else value)
             for name, value in form.multi_items()
         ]
-
-
-class _LimitedReceive:
-    """ASGI's receive, which stops at the first byte over a limit."""
-
-    def __init__(self, request: Request, max_bytes: int) -> None:
-        self._receive = request.receive
-        self._max_bytes = max_bytes
-        self._got = 0
-
-    async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
-        self._got += len(message.get("body", b""))
-        if self._got > self._max_bytes:
-            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
-        return message
-
-
-def _too_large(got: str, max_bytes: int) -> TooLargeError:
-    return TooLargeError(
-        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
-    )

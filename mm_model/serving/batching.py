@@ -10,15 +10,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from mm_model.api import ModelIdentity, Refusal
 from mm_model.serving.generator import Check, Generator
-from mm_model.serving.requests import Aligned
 
-A = TypeVar("A", bound=Aligned)
+
+class Batched(Protocol):
+    """Something to be worked off."""
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Those with equal keys may share a batch."""
+        ...
+
+
+A = TypeVar("A", bound=Batched)
 T = TypeVar("T")
 
 Took = Callable[[str, float, float], object]
@@ -64,7 +73,7 @@ class FixedModel:
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     work: Callable[[Sequence[Any], Check], Sequence[Any]]
-    request: Aligned
+    request: Batched
     answer: asyncio.Future[Any]
     took: Took
     since: float

@@ -101,6 +101,13 @@ def serve_config(**changes: object) -> ServeConfig:
         "max_samples": 16,
         "deadline_s": 60,
         "alias_poll_s": 1,
+        "jobs": {
+            "max_side_px": 2048,
+            "max_upload_mb": 64,
+            "max_jobs": 4,
+            "max_stored_mb": 256,
+            "keep_hours": 1,
+        },
         **changes,
     }
     return ServeConfig.model_validate(values)

@@ -19,7 +19,8 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.generator import ObservedLayer, Request
 from mm_model.serving.observed import ObservedFiles
-from mm_model.serving.scenes import GENERATED, MAX_SIDE_PX, SceneRequest, write_scene
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.scenes import GENERATED, MAX_SIDE_PX, write_scene
 from mm_model.serving.uncertainty import entropy_bits
 
 GENERATOR = make_generator(max_side_px=MAX_SIDE_PX)
