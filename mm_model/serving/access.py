@@ -20,8 +20,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mm_model.api import PROBLEM, RETRY_AFTER_S, problem_of
 from mm_model.errors import (
     ConfigError,
     ForbiddenError,
