@@ -344,12 +344,16 @@ def _label(file: Path | bytes | OpenFile, name: str | None) -> str:
     return name or (str(file) if isinstance(file, Path) else "upload")
 
 
+def _size_of(file: bytes | OpenFile) -> int:
+    return len(file) if isinstance(file, bytes) else file.size(_OPEN_NAME)
+
+
 @contextmanager
 def _open(file: Path | bytes | OpenFile, name: str | None) -> Iterator[Any]:
     """An open dataset; whatever goes wrong with it until it is closed is a RasterError."""
     label = _label(file, name)
     try:
-        size = stat(file)[0] if isinstance(file, Path) else len(file)
+        size = stat(file)[0] if isinstance(file, Path) else _size_of(file)
     except OSError:
         raise RasterError(f"{label} does not exist", remedy="mend the path") from None
     if size == 0:  # rasterio would open an empty memory file for writing
