@@ -138,6 +138,7 @@ def test_files_are_seen_in_their_place_generated_from_and_downloaded(browser, ad
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             assert set(archive.namelist()) == {
                 "manifest.json", "rgb_0.tif", "rgb_1.tif", "map_0.tif", "map_1.tif",
+                "map_0.tif.aux.xml", "map_1.tif.aux.xml",
             }  # fmt: skip
             alone = archive.read("map_1.tif")
             found = raster.read_raster(archive.read("rgb_1.tif"))
