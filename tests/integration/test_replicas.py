@@ -44,7 +44,9 @@ def project(tmp_path_factory):
     """A project whose cache holds a last good version, and Ray with the endpoint's two replicas."""
     import ray
     from ray import serve
+    from ray.serve.context import _set_global_client
 
+    _set_global_client(None)  # of the Ray that an earlier module has shut down
     folder = tmp_path_factory.mktemp("project")
     ray_dir = Path(f"/tmp/mm-r{os.getpid()}")  # short: Ray puts sockets below it
     cache = folder / "var/serving" / MODEL
