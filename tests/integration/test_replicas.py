@@ -76,11 +76,22 @@ def project(tmp_path_factory):
             deploy(serve_config(replicas=2, route_prefix="/twins", alias_poll_s=5), MODEL)
             with Client(url()) as client:
                 client.wait_ready(120)
+            wait_for_both()
             yield folder
         finally:
             serve.shutdown()
             ray.shutdown()
             shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def wait_for_both() -> None:
+    """A replica is asked as soon as it runs, and loads its model then; one alone says little."""
+    ready, give_up = 0, time.monotonic() + 120
+    with httpx.Client() as http:
+        while ready < 20:
+            assert time.monotonic() < give_up
+            ready = ready + 1 if http.get(f"{url()}/readyz").status_code == 200 else 0
+            time.sleep(0.05)
 
 
 def url() -> str:
