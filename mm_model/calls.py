@@ -257,15 +257,7 @@ def fill(
     With `uncertainty`, mean and spread of two samples or more, too; the other arguments and the
     errors are those of `generate`.
     """
-    fields = {
-        "fill": layer,
-        "samples": samples,
-        "seed": seed,
-        "steps": steps,
-        "uncertainty": str(uncertainty).lower(),
-        **conditions.texts(),
-    }
-    form = list(fields.items())
+    form = _scene_form(layer, samples, seed, steps, uncertainty, conditions)
     return Call("POST", "/v1/fill", _generated, form, observed, {}, _save_generated)
 
 
@@ -284,6 +276,25 @@ def start_job(
 
     Sent twice, it is two jobs; so it is not repeated where the endpoint may have got it.
     """
+    form = _scene_form(fill, samples, seed, steps, uncertainty, conditions)
+    return Call(
+        "POST",
+        _JOBS,
+        _record(JobInfo),
+        [*form, *(("target", target) for target in targets)],
+        dict(observed),
+        repeat=Repeat.IF_REFUSED,
+    )
+
+
+def _scene_form(
+    fill: str | None,
+    samples: int,
+    seed: int,
+    steps: int,
+    uncertainty: bool,
+    conditions: Conditions,
+) -> list[tuple[str, object]]:
     fields = {
         "fill": fill,
         "samples": samples,
@@ -292,14 +303,7 @@ def start_job(
         "uncertainty": str(uncertainty).lower(),
         **conditions.texts(),
     }
-    return Call(
-        "POST",
-        _JOBS,
-        _record(JobInfo),
-        [*fields.items(), *(("target", target) for target in targets)],
-        dict(observed),
-        repeat=Repeat.IF_REFUSED,
-    )
+    return list(fields.items())
 
 
 def job(job_id: str) -> Call[JobInfo]:

@@ -159,7 +159,7 @@ class CogWriter:
         self._flush(self._held.shape[1])
         if self._rows != self._grid.height:
             raise RasterError(f"{self.path}: rows", got=self._rows, allowed=self._grid.height)
-        with self._written():
+        with _written(self.path):
             self._dataset.close()
             rasterio.shutil.copy(
                 self._raw,
@@ -179,21 +179,22 @@ class CogWriter:
     def _flush(self, rows: int) -> None:
         if rows:
             window = Window(0, self._rows, self._grid.width, rows)
-            with self._written():
+            with _written(self.path):
                 self._dataset.write(self._held[:, :rows], window=window)
             self._held, self._rows = self._held[:, rows:], self._rows + rows
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        """What goes wrong while it is written is a RasterError."""
-        try:
-            yield
-        except RasterioError as error:
-            raise RasterError(
-                f"{self.path} cannot be written",
-                got=" ".join(str(error.__cause__ or error).split())[:200],
-                remedy="look whether the disk is full",
-            ) from error
+
+@contextmanager
+def _written(what: object) -> Iterator[None]:
+    """What goes wrong while it is written is a RasterError."""
+    try:
+        yield
+    except RasterioError as error:
+        raise RasterError(
+            f"{what} cannot be written",
+            got=" ".join(str(error.__cause__ or error).split())[:200],
+            remedy="look whether the disk is full",
+        ) from error
 
 
 def write_copy(
@@ -215,40 +216,34 @@ def write_copy(
     """
     grid, picked = header.grid, [number - 1 for number in numbers]
     options = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": CACHE_MB}
-    try:
-        with (
-            raster.quiet(),
-            rasterio.Env(**options),
-            rasterio.open(
-                path,
-                "w",
-                driver="GTiff",
-                height=grid.height,
-                width=grid.width,
-                count=len(picked),
-                dtype=header.dtype,
-                crs=grid.crs or None,
-                transform=Affine(*grid.transform),
-                tiled=True,
-                blockxsize=COPY_BLOCK_PX,
-                blockysize=COPY_BLOCK_PX,
-                interleave="band",
-                compress="deflate",
-                zlevel=1,
-                bigtiff="if_safer",
-            ) as copy,
-        ):
-            copy.descriptions = tuple(header.band_names[k] for k in picked)
-            copy.units = tuple(header.units[k] for k in picked)
-            copy.scales = tuple(header.scales[k] for k in picked)
-            copy.offsets = tuple(header.offsets[k] for k in picked)
-            for row, values, valid in rows:
-                window = Window(0, row, grid.width, values.shape[1])
-                copy.write(values, window=window)
-                copy.write_mask(valid, window=window)
-    except RasterioError as error:
-        raise RasterError(
-            "a copy of an upload cannot be written",
-            got=" ".join(str(error.__cause__ or error).split())[:200],
-            remedy="look whether the disk is full",
-        ) from error
+    with (
+        _written("a copy of an upload"),
+        raster.quiet(),
+        rasterio.Env(**options),
+        rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            height=grid.height,
+            width=grid.width,
+            count=len(picked),
+            dtype=header.dtype,
+            crs=grid.crs or None,
+            transform=Affine(*grid.transform),
+            tiled=True,
+            blockxsize=COPY_BLOCK_PX,
+            blockysize=COPY_BLOCK_PX,
+            interleave="band",
+            compress="deflate",
+            zlevel=1,
+            bigtiff="if_safer",
+        ) as copy,
+    ):
+        copy.descriptions = tuple(header.band_names[k] for k in picked)
+        copy.units = tuple(header.units[k] for k in picked)
+        copy.scales = tuple(header.scales[k] for k in picked)
+        copy.offsets = tuple(header.offsets[k] for k in picked)
+        for row, values, valid in rows:
+            window = Window(0, row, grid.width, values.shape[1])
+            copy.write(values, window=window)
+            copy.write_mask(valid, window=window)

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_model.api import MANIFEST, TIFF, ZIP, Manifest, ManifestFile, Provenance
+from mm_model.api import MANIFEST, SIDECAR, TIFF, ZIP, Manifest, ManifestFile, Provenance
 from mm_model.data import raster
 from mm_model.modalities import Modality
 from mm_model.serving.answers import ZIP_DATE, encode_record
@@ -47,7 +47,8 @@ def pack(paths: Sequence[Path], targets: Sequence[Modality]) -> tuple[Path, str,
     packed = paths[0].with_name(ZIP_NAME)
     with zipfile.ZipFile(packed, "w") as archive:  # stored: the GeoTIFFs are compressed already
         archive.writestr(zipfile.ZipInfo(MANIFEST, ZIP_DATE), encode_record(manifest))
-        for path in paths:
+        beside = [path.with_name(path.name + SIDECAR) for path in paths]
+        for path in [*paths, *filter(Path.is_file, beside)]:
             entry = zipfile.ZipInfo(path.name, ZIP_DATE)
             with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as into:
                 shutil.copyfileobj(source, into, 2**20)

@@ -70,6 +70,8 @@ def test_uncertainty_comes_as_bands_beside_the_samples(tmp_path):
     with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         manifest = Manifest.model_validate_json(archive.read("manifest.json"))
         assert {f.name: archive.read(f.name) for f in manifest.files} == expected
+        classes = {f"map_{k}.tif.aux.xml" for k in range(3)}  # their names, for GDAL and QGIS
+        assert set(archive.namelist()) == {"manifest.json", *expected, *classes}
     assert {f.modality for f in manifest.files if f.sample is None} == {"dem", "map"}
     with MemoryFile(expected["map_uncertainty.tif"]) as memory, memory.open() as dataset:
         assert dataset.descriptions[-1] == "entropy"
