@@ -12,9 +12,12 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 MINUTES ?= 8
 SEEDS ?= 3
+OVERLOAD_S ?= 300
+CALLERS_S ?= 20
+PARTS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo up down status test lint bench bench-data bench-model pretrained clean
+.PHONY: help setup demo up down status test lint bench bench-data bench-model bench-serve pretrained clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -59,11 +62,14 @@ lint: setup ## format, style, types, import contracts
 bench: setup ## measure; writes benchmarks/results and docs/benchmarks.md
 	@$(BIN)/python -m benchmarks
 
-bench-data: setup ## prepare by workers beside plain GDAL, and its memory by number of patches
-	@$(BIN)/python -m benchmarks.data_scale
+bench-data: setup ## the data engine; PARTS=workers measures that part alone
+	@$(BIN)/python -m benchmarks.data $(PARTS)
 
 bench-model: setup ## ours beside what people would use instead; MINUTES=8 of CPU time a model, SEEDS=3
 	@$(BIN)/python -m benchmarks.model --minutes $(MINUTES) --seeds $(SEEDS)
+
+bench-serve: setup ## the endpoint under load, for OVERLOAD_S=300 at ten times what it can answer
+	@$(BIN)/python -m benchmarks.serve --overload-s $(OVERLOAD_S) --callers-s $(CALLERS_S)
 
 pretrained: setup ## train the bundle in the box again (an hour and a half on two cores)
 	@cd examples/pretrained

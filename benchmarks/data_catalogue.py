@@ -24,7 +24,8 @@ from mm_model.catalogue.charts import save_classes, save_histograms, save_map
 from mm_model.catalogue.collection import collection
 from mm_model.catalogue.items import write_items
 from mm_model.catalogue.sheets import sheets
-from mm_model.data.store import INDEX, PatchStore, _IndexWriter
+from mm_model.data.index import INDEX, IndexWriter, table_of
+from mm_model.data.store import PatchStore
 
 PATCHES = 100_000
 PLACES = 8
@@ -81,8 +82,8 @@ def _many(store: PatchStore) -> None:
         copy["crs"] = f"EPSG:{32601 + i % 60}"
         copy["f"] += float(rng.uniform(-2e6, 2e6))
         copies.append(copy)
-    writer = _IndexWriter(store.path / INDEX)
-    writer.write(pd.concat(copies, ignore_index=True))
+    writer = IndexWriter(store.path / INDEX)
+    writer.write(table_of(pd.concat(copies, ignore_index=True)))
     writer.close()
 
 

@@ -41,6 +41,13 @@ def write(name: str, figures: Mapping[str, float], notes: Mapping[str, str]) -> 
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def merge(name: str, figures: Mapping[str, float], notes: Mapping[str, str]) -> None:
+    """As `write`, but figures and notes of other parts stay as they were measured."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text()) if path.is_file() else {"figures": {}, "notes": {}}
+    write(name, {**old["figures"], **figures}, {**old["notes"], **notes})
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and load of this machine."""
     model = next(
@@ -82,6 +89,9 @@ def write_page() -> None:
         ]
         if "" in record["notes"]:
             lines += [record["notes"][""], ""]
+        parts = {k: v for k, v in record["notes"].items() if k.startswith("part ")}
+        lines += [f"- `{name.removeprefix('part ')}` {about}" for name, about in parts.items()]
+        lines += [""] if parts else []
         lines += ["| figure | value | |", "|---|---|---|"]
         lines += [
             f"| `{key}` | {value:g} | {record['notes'].get(key, '')} |"

@@ -33,7 +33,8 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import Kind, Modality, Quantity
 from mm_model.pretrained import PRETRAINED
 from mm_model.serving.generator import Generator
-from mm_model.serving.scenes import MAX_SIDE_PX, SceneRequest, write_scene
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.scenes import MAX_SIDE_PX, write_scene
 
 SIDES_PX = {1024: DEFAULT_STEPS, 4096: DEFAULT_STEPS, 10_980: 1}
 """Sampling steps by the scene's side; 10,980 is a tile of Sentinel-2, at the cheapest."""

@@ -1,22 +1,25 @@
-"""The endpoint over HTTP beside the same call in this process: latency and throughput.
+"""The endpoint over HTTP: beside the same call in this process, under load, and from nothing.
 
 MLflow, Ray and the endpoint are started as `mm up` starts them, in a project of their own; the
 bundle goes through the registry. Both sides get the same requests and give the same pixels.
+`make bench-serve` runs it; OVERLOAD_S and CALLERS_S say for how long.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import generate, record, setting
+from benchmarks import generate, record, serve_load, setting
 from mm_model.adapters import environment, services
 from mm_model.bundle import load_manifest
 from mm_model.client import Client
@@ -28,10 +31,30 @@ CALLERS = 8
 REPEATS = 9
 ROUNDS = 3
 START_S = 120.0
+OVERLOAD_S = 300.0
+CALLERS_S = 20.0
+
+# What other benchmarks measure of the same service: file → its figures → the names here.
+_TAKEN: dict[str, dict[str, str]] = {
+    "scene": {
+        "scene_4096_s": "scene_4096_s",
+        "scene_4096_peak_rss_mb": "scene_4096_peak_rss_mb",
+        "scene_10980_peak_rss_mb": "scene_10980_peak_rss_mb",
+        "scene_4096_seam_gradient_ratio_rgb": "seam_gradient_ratio",
+    },
+    "hostile": {"mutated_uploads": "mutated_uploads", "mutated_5xx": "mutated_5xx"},
+}
 
 
-def measure() -> tuple[dict[str, float], dict[str, str]]:
-    """One caller for latency, several at once for throughput; the sides in turn."""
+def measure(
+    overload_s: float = OVERLOAD_S, callers_s: float = CALLERS_S
+) -> tuple[dict[str, float], dict[str, str]]:
+    """One caller for latency, several at once for throughput; the sides in turn. Then the load.
+
+    Args:
+        overload_s: how long requests come at ten times the capacity.
+        callers_s: how long each number of callers asks.
+    """
     chosen = setting.params()
     threads = torch.get_num_threads()
     with setting.temporary_project() as project:
@@ -47,6 +70,11 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
             with Client(environment.endpoint_url()) as client:
                 client.wait_ready(START_S)
                 figures = _compare(generator, client, source.name, layers, files)
+            load = serve_load.Load(environment.endpoint_url(), source.name, files[0])
+            figures |= load.by_callers(callers_s)
+            capacity = max(figures[f"callers_{n}_per_s"] for n in serve_load.CALLERS)
+            figures |= load.overload(capacity, overload_s)
+            figures["cold_start_s"] = _cold_start(source.name, files[0])
         finally:
             torch.set_num_threads(threads)
             services.down(_silent)
@@ -57,8 +85,35 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "http_p50_added_ms": "median over turns of the difference",
         "http_patches_per_s": f"{CALLERS} callers at once, each with one patch",
         "in_process_patches_per_s": f"one call with {CALLERS} requests",
+        "callers_1_p50_ms": f"so many callers, each again once it is answered, for {callers_s:g} s",
+        "overload_s": f"{serve_load.OVERLOAD} times the most patches a second of the callers above",
+        "overload_p99_accepted_s": f"the deadline is {chosen.serve.deadline_s:g} s",
+        "overload_rss_growth_mb": "of the replicas, from a tenth of the time to its end",
+        "cold_start_s": "MLflow, Ray, endpoint and model, from no process to the first answer",
     }
+    for name, names in _TAKEN.items():
+        taken, note = _taken(name, names)
+        figures |= taken
+        notes |= dict.fromkeys(taken, note)
     return figures, notes
+
+
+def _taken(name: str, names: dict[str, str]) -> tuple[dict[str, float], str]:
+    """Figures of another benchmark's last run, and when that was."""
+    result = json.loads((record.RESULTS / f"{name}.json").read_text())
+    figures = {ours: result["figures"][theirs] for theirs, ours in names.items()}
+    return figures, f"of `{name}`, {result['date'][:10]}, commit {result['commit']}"
+
+
+def _cold_start(name: str, file: bytes) -> float:
+    """Seconds from no process to the first answer; what serves is in the registry already."""
+    services.down(_silent)
+    began = time.perf_counter()
+    services.up(["endpoint"], say=_silent)
+    with Client(environment.endpoint_url()) as client:
+        client.wait_ready(START_S)
+        client.generate({name: file})
+    return time.perf_counter() - began
 
 
 def _start(chosen: Params, project: Path) -> None:
@@ -160,3 +215,22 @@ def _check_same(
 
 def _silent(_: str) -> None:
     """Nobody reads the services' progress here."""
+
+
+def main() -> None:
+    """Measure for as long as the command says, and write result and page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve")
+    parser.add_argument("--overload-s", type=float, default=OVERLOAD_S, metavar="SECONDS")
+    parser.add_argument("--callers-s", type=float, default=CALLERS_S, metavar="SECONDS")
+    parser.add_argument("--show", action="store_true", help="print the figures, write nothing")
+    chosen = parser.parse_args()
+    figures, notes = measure(chosen.overload_s, chosen.callers_s)
+    for key, value in figures.items():
+        print(f"{key:48} {value:.4g}", flush=True)
+    if not chosen.show:
+        record.write("serve", figures, notes)
+        record.write_page()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ Light on purpose: no torch, no rasterio, no web framework.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -27,10 +29,14 @@ PNG = "image/png"
 ZIP = "application/zip"
 JSON = "application/json"
 PROBLEM = "application/problem+json"
+REQUEST_ID = "X-Request-ID"
+"""Header that names a request, from its caller through proxy, replica and logs to the answer."""
 MANIFEST = "manifest.json"
 """Name of the manifest inside a zip answer."""
 SCENE_FILE, VECTOR_FILE = "scene.tif", "vector.json"
 """Names of what an embedding is written to."""
+SIDECAR = ".aux.xml"
+"""Appended to a GeoTIFF's name: what GDAL and QGIS read beside it."""
 
 _PROBLEM_URN = "urn:mm-model:problem:"
 
@@ -81,9 +87,10 @@ class Problem(Record):
     got: str | None = None
     allowed: str | None = None
     remedy: str | None = None
+    request_id: str | None = Field(None, description="of the request that it happened to")
 
 
-def problem_of(error: MMError) -> Problem:
+def problem_of(error: MMError, request_id: str | None = None) -> Problem:
     """The problem that tells a client of an error."""
     title = (type(error).__doc__ or type(error).__name__).splitlines()[0].rstrip(".")
     return Problem(
@@ -95,21 +102,32 @@ def problem_of(error: MMError) -> Problem:
         got=error.got,
         allowed=error.allowed,
         remedy=error.remedy,
+        request_id=request_id,
     )
 
 
-def http_problem(status: int, detail: str) -> Problem:
+def http_problem(status: int, detail: str, request_id: str | None = None) -> Problem:
     """A problem that HTTP itself names (404, 405, 500 …), not this interface."""
     code = errors.RequestError.code if status < 500 else errors.MMError.code
-    title = "HTTP error"
-    return Problem(type="about:blank", title=title, status=status, detail=detail, code=code)
+    remedy = None if status < 500 else "tell who runs the endpoint the request's id"
+    return Problem(
+        type="about:blank",
+        title="HTTP error",
+        status=status,
+        detail=detail,
+        code=code,
+        remedy=remedy,
+        request_id=request_id,
+    )
 
 
 def error_of(problem: Problem) -> MMError:
     """The error that a problem tells of: the same class with the same parts."""
     kinds = {cls.code: cls for cls in error_classes()}
     kind = kinds.get(problem.code, MMError)
-    return kind(problem.detail, got=problem.got, allowed=problem.allowed, remedy=problem.remedy)
+    error = kind(problem.detail, got=problem.got, allowed=problem.allowed, remedy=problem.remedy)
+    error.request_id = problem.request_id
+    return error
 
 
 def error_classes(base: type[MMError] = MMError) -> Iterator[type[MMError]]:
@@ -152,6 +170,13 @@ class Origin(Record):
             found[name] = tuple(_items(found[name]))
         known = (item.partition("=")[::2] for item in _items(found["conditions"]))
         return cls.model_validate({**found, "conditions": parse_conditions(dict(known))})
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Self:
+        """Read back what `tags` wrote; GDAL drops those that are empty."""
+        return cls.from_headers(
+            {h: tags.get(f"MM_{name.upper()}", "") for name, h in cls.HEADERS.items()}
+        )
 
     def tags(self) -> dict[str, str]:
         """The tags that a GeoTIFF carries."""
@@ -206,12 +231,36 @@ def _items(text: object) -> Iterator[str]:
     return filter(None, str(text or "").split(","))
 
 
+class JobState(StrEnum):
+    """How a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class JobInfo(Record):
+    """A job, as its owner sees it."""
+
+    id: str
+    state: JobState
+    progress: Annotated[float, Field(ge=0, le=1, description="share of the windows computed")]
+    time_left_s: float | None = Field(description="by the pace so far; null where none is known")
+    attempt: int = Field(description="which one this is; another where a process ended")
+    created_at: datetime
+    expires_at: datetime | None = Field(description="when it is forgotten; null until it has ended")
+    problem: Problem | None = Field(description="why it failed")
+
+
 class ManifestFile(Record):
     """One GeoTIFF of a zip answer."""
 
     name: str
     modality: str
-    sample: Annotated[int, Field(ge=0)]
+    sample: Annotated[int, Field(ge=0)] | None = Field(
+        description="null where a file tells of all samples"
+    )
 
 
 class Manifest(Record):
@@ -223,6 +272,20 @@ class Manifest(Record):
     height: int
     width: int
     files: tuple[ManifestFile, ...]
+
+
+class AlignedManifest(Record):
+    """manifest.json of aligned layers; each lies beside it as `<modality>.tif`."""
+
+    origin: Origin
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+    height: int
+    width: int
+    corners_lonlat: tuple[tuple[float, float], ...] | None = Field(
+        description="degrees, WGS 84: top left, top right, bottom right, bottom left; null for a "
+        "grid that lies nowhere"
+    )
 
 
 class BandInfo(Record):
@@ -242,6 +305,30 @@ class ClassInfo(Record):
     color: str
 
 
+class ChannelInfo(Record):
+    """One channel of a picture: a weighted sum of bands, between two limits."""
+
+    name: str
+    weights: tuple[float, ...] = Field(description="one a band")
+    limits: tuple[float, float] = Field(description="values shown as the least and most")
+
+
+class DisplayInfo(Record):
+    """How the endpoint shows a modality: share = (sum of weights * bands - low) / (high - low),
+    clipped to 0..1, then share ** (1 / gamma).
+    """
+
+    channels: tuple[ChannelInfo, ...] = Field(
+        description="red, green and blue; or one, for `colors`; none for classes"
+    )
+    gamma: float
+    colors: tuple[str, ...] = Field(description="#rrggbb by the one channel's share, lowest first")
+    relative: bool = Field(
+        description="whether the limits are better those of the place shown: its 1st and 99th "
+        "percentile"
+    )
+
+
 class ModalityInfo(Record):
     """What a GeoTIFF of a modality holds, as input and as output."""
 
@@ -255,9 +342,10 @@ class ModalityInfo(Record):
     valid_range: tuple[float, float]
     bands: tuple[BandInfo, ...]
     classes: tuple[ClassInfo, ...]
+    display: DisplayInfo
 
     @classmethod
-    def of(cls, modality: Modality) -> ModalityInfo:
+    def of(cls, modality: Modality, display: DisplayInfo) -> ModalityInfo:
         record = modality.to_dict()
         return cls(
             name=modality.name,
@@ -270,6 +358,7 @@ class ModalityInfo(Record):
             valid_range=modality.valid_range,
             bands=tuple(BandInfo(**band) for band in record["bands"]),
             classes=tuple(ClassInfo(**item) for item in record["classes"]),
+            display=display,
         )
 
 
@@ -314,6 +403,9 @@ class ModalityList(Record):
     """Answer of GET /v1/modalities."""
 
     modalities: tuple[ModalityInfo, ...]
+    amount_colors: tuple[str, ...] = Field(
+        description="#rrggbb of amounts such as a spread, zero first"
+    )
 
 
 class Health(Record):

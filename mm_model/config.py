@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, model_validator
 
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality, select
@@ -70,6 +70,7 @@ class PrepareConfig(Section):
     gsd_m: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     min_valid_fraction: Fraction
     shard_patches: PositiveInt
+    shards: str | None = Field(None, description="URL of a folder in object storage")
     workers: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")] = 0
     alignment: AlignmentConfig
     synthetic: SyntheticConfig | None = None
@@ -159,6 +160,7 @@ class TrainConfig(Section):
     seed: int
     steps: PositiveInt
     batch: PositiveInt
+    shards: str | None = Field(None, description="URL of a folder in object storage")
     workers: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")]
     gpus_per_worker: Annotated[float, Field(ge=0)]
     learning_rate: PositiveFloat
@@ -209,18 +211,46 @@ class RegisterConfig(Section):
     gate: GateConfig
 
 
+class JobsConfig(Section):
+    """Long jobs of the endpoint; limits on jobs and bytes hold for each API key."""
+
+    max_side_px: Annotated[int, Field(ge=16)]
+    max_upload_mb: PositiveInt
+    max_jobs: PositiveInt
+    max_stored_mb: PositiveInt
+    keep_hours: PositiveFloat
+
+
 class ServeConfig(Section):
     """The endpoint: its place, its workers and its limits."""
 
     route_prefix: Annotated[str, Field(pattern=r"^/[a-z0-9-]*$")]
     replicas: PositiveInt
+    max_replicas: PositiveInt | None = Field(
+        None, description="up to which they grow with the load; without, there are `replicas`"
+    )
     max_batch: PositiveInt
     batch_wait_ms: Annotated[float, Field(ge=0)]
     max_queued: PositiveInt
+    max_per_key: PositiveInt | None = Field(
+        None, description="requests of one API key in progress at a replica"
+    )
     max_side_px: Annotated[int, Field(ge=16)]
     max_samples: PositiveInt
     deadline_s: PositiveFloat
     alias_poll_s: PositiveFloat
+    jobs: JobsConfig
+    traces_url: HttpUrl | None = Field(
+        None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
+    )
+
+    @model_validator(mode="after")
+    def _grows(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than replicas ({self.replicas})"
+            )
+        return self
 
 
 class Params(Section):

@@ -17,9 +17,13 @@ class MMError(Exception):
         got: the offending value, shortened by the caller if it is long.
         allowed: what would have been accepted.
         remedy: what to do now.
+
+    Attributes:
+        request_id: of the request to the endpoint that ended so, for who reads its log; else None.
     """
 
     code: ClassVar[str] = "error"
+    request_id: str | None = None
 
     def __init__(
         self, what: str, *, got: object = None, allowed: object = None, remedy: str | None = None
@@ -39,13 +43,21 @@ class MMError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (Ray, multiprocessing): rebuild from the parts, not the text.
-        return (_rebuild, (type(self), self.what, self.got, self.allowed, self.remedy))
+        parts = (self.what, self.got, self.allowed, self.remedy, self.request_id)
+        return (_rebuild, (type(self), *parts))
 
 
 def _rebuild(
-    cls: type[MMError], what: str, got: str | None, allowed: str | None, remedy: str | None
+    cls: type[MMError],
+    what: str,
+    got: str | None,
+    allowed: str | None,
+    remedy: str | None,
+    request_id: str | None,
 ) -> MMError:
-    return cls(what, got=got, allowed=allowed, remedy=remedy)
+    error = cls(what, got=got, allowed=allowed, remedy=remedy)
+    error.request_id = request_id
+    return error
 
 
 class ConfigError(MMError):

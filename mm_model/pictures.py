@@ -21,6 +21,9 @@ Limits = tuple[float, float]
 
 # Reflectance is shown with a gamma, as woods (0.02 to 0.05) would be black beside soil (0.3).
 GAMMA = 1.6
+AMOUNT_COLORS = "viridis"
+"""Colour map of amounts."""
+
 # Invalid pixels: diagonal stripes of two greys, which no colour map and no class draws.
 _STRIPES = np.array([[96] * 3, [208] * 3], np.uint8)
 
@@ -46,6 +49,21 @@ class Amount:
     values: NDArray[Any]
     title: str
     unit: str
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What one channel of a picture shows: a weighted sum of bands, between two limits.
+
+    Attributes:
+        name: of the band, or of what is made of several.
+        weights: one a band.
+        limits: physical values that are shown as black and white, or as the ends of a colour map.
+    """
+
+    name: str
+    weights: tuple[float, ...]
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -111,17 +129,49 @@ def robust_limits(layers: Iterable[tuple[NDArray[Any], NDArray[np.bool_]]]) -> L
 
 def caption(modality: Modality) -> str:
     """What the colours of a continuous modality mean, on one line."""
-    ranges = _channel_ranges(modality, modality.display_range)
     unit = "" if modality.unit == "1" else f" {modality.unit}"
-    if len(modality.bands) == 1:
-        low, high = ranges[0][1]
-        return f"{low:g} to {high:g}{unit}"
-    parts = [
-        f"{color} = {name} {low:g} to {high:g}{unit}"
-        for color, (name, (low, high)) in zip(("red", "green", "blue"), ranges, strict=True)
+    shown = [
+        f"{channel.name} {channel.limits[0]:g} to {channel.limits[1]:g}{unit}"
+        for channel in channels(modality)
     ]
-    gamma = f"; gamma {GAMMA:g}" if modality.quantity is Quantity.REFLECTANCE else ""
-    return ", ".join(parts) + gamma
+    if len(shown) == 1:
+        return shown[0].removeprefix(f"{modality.band_names[0]} ")
+    parts = [f"{c} = {text}" for c, text in zip(("red", "green", "blue"), shown, strict=True)]
+    curved = f"; gamma {gamma(modality):g}" if gamma(modality) != 1 else ""
+    return ", ".join(parts) + curved
+
+
+def channels(modality: Modality, limits: Limits | None = None) -> tuple[Channel, ...]:
+    """What is shown of a continuous modality: red, green and blue, or one channel for its colour
+    map, with the limits given (its `display_range` by default).
+    """
+    names, (low, high) = modality.band_names, limits or modality.display_range
+    if len(names) == 1:
+        return (Channel(names[0], (1.0,), (low, high)),)
+    if len(names) == 2:
+        # The usual radar composite: the cross-polarised band is some 6 dB weaker, and their
+        # difference tells volume scattering (woods) from surfaces.
+        shift = 0.24 * (high - low)
+        return (
+            Channel(names[0], (1.0, 0.0), (low, high)),
+            Channel(names[1], (0.0, 1.0), (low - shift, high - shift)),
+            Channel(f"{names[0]} − {names[1]}", (1.0, -1.0), (0.0, 0.6 * (high - low))),
+        )
+    return tuple(
+        Channel(names[i], tuple(float(i == k) for k in range(len(names))), (low, high))
+        for i in _rgb_bands(modality)
+    )
+
+
+def gamma(modality: Modality) -> float:
+    """Exponent whose inverse is applied to the shares of the limits before they are shown."""
+    return GAMMA if modality.quantity is Quantity.REFLECTANCE else 1.0
+
+
+def color_scale(color_map: str) -> tuple[str, ...]:
+    """256 colours of a colour map (#rrggbb), its low end first."""
+    colors = _mapped(np.linspace(0, 1, 256), color_map)
+    return tuple("#" + color.tobytes().hex() for color in colors)
 
 
 def save_sheet(path: Path, rows: Sequence[Sequence[Panel | None]], title: str) -> None:
@@ -152,7 +202,7 @@ def save_amounts(path: Path, amounts: Sequence[Amount], title: str) -> None:
     ):
         known = amount.values[np.isfinite(amount.values)]
         most = float(np.percentile(known, 99)) if known.size else 0.0
-        image = axes.imshow(amount.values, cmap="viridis", vmin=0, vmax=most or 1.0)
+        image = axes.imshow(amount.values, cmap=AMOUNT_COLORS, vmin=0, vmax=most or 1.0)
         axes.set_title(amount.title, fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -177,23 +227,6 @@ def _class_colors(
     return table[np.where(valid, codes, 0).astype(np.uint8)]
 
 
-def _channel_ranges(modality: Modality, limits: Limits) -> list[tuple[str, Limits]]:
-    """Name and limits of what is shown as red, green and blue (or of the one band)."""
-    names, (low, high) = modality.band_names, limits
-    if len(names) == 1:
-        return [(names[0], limits)]
-    if len(names) == 2:
-        # The usual radar composite: the cross-polarised band is some 6 dB weaker, and their
-        # difference tells volume scattering (woods) from surfaces.
-        shift = 0.24 * (high - low)
-        return [
-            (names[0], limits),
-            (names[1], (low - shift, high - shift)),
-            (f"{names[0]} − {names[1]}", (0.0, 0.6 * (high - low))),
-        ]
-    return [(names[i], limits) for i in _rgb_bands(modality)]
-
-
 def _rgb_bands(modality: Modality) -> tuple[int, int, int]:
     """Three bands as declared; of more, the longest, a middle and the shortest wavelength."""
     count = len(modality.bands)
@@ -206,17 +239,13 @@ def _rgb_bands(modality: Modality) -> tuple[int, int, int]:
 def _continuous_colors(
     values: NDArray[np.float64], modality: Modality, limits: Limits
 ) -> NDArray[np.uint8]:
-    if len(modality.bands) == 1:
-        return _mapped(_stretch(values[0], limits), modality.color_map)
-    if len(modality.bands) == 2:
-        channels = np.stack([values[0], values[1], values[0] - values[1]])
-    else:
-        channels = values[list(_rgb_bands(modality))]
-    ranges = [limits for _, limits in _channel_ranges(modality, limits)]
-    shown = np.stack([_stretch(c, r) for c, r in zip(channels, ranges, strict=True)], axis=-1)
-    if modality.quantity is Quantity.REFLECTANCE:
-        shown = shown ** (1 / GAMMA)
-    return np.round(shown * 255).astype(np.uint8)
+    shown = [
+        _stretch(np.tensordot(channel.weights, values, 1), channel.limits)
+        for channel in channels(modality, limits)
+    ]
+    if len(shown) == 1:
+        return _mapped(shown[0], modality.color_map)
+    return np.round(np.stack(shown, axis=-1) ** (1 / gamma(modality)) * 255).astype(np.uint8)
 
 
 def _stretch(values: NDArray[np.float64], limits: Limits) -> NDArray[np.float64]:

@@ -24,13 +24,14 @@ from benchmarks import record
 from mm_model.codec import Codec
 from mm_model.config import Params, SyntheticConfig, load_params
 from mm_model.data.files import write_atomically
+from mm_model.data.index import INDEX
 from mm_model.data.patch import Patch, Unit
 from mm_model.data.prepare import prepare
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.synthetic import SyntheticSource
 from mm_model.data.split import TEST, TRAIN, make_splits
 from mm_model.data.stats import compute_statistics
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 from mm_model.errors import ConfigError
 from mm_model.evaluation.evaluate import choose_patches
 from mm_model.modalities import Modality

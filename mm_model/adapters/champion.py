@@ -92,6 +92,8 @@ class ChampionFollower:
         serves_it = self._served is not None and self._served.identity.version == key[0]
         if serves_it or key == self._settled:
             self._settled = key
+            if serves_it:  # whatever was refused before, the alias does not name it any more
+                self._refused.clear()
             return
         try:
             self._take_up(champion)

@@ -37,6 +37,11 @@ def state_dir() -> Path:
     return project_root() / "var"
 
 
+def log_dir() -> Path:
+    """Logs of the local services, and of the endpoint's replicas."""
+    return state_dir() / "log"
+
+
 def ray_temp_dir() -> Path:
     """A short path, since Ray puts Unix sockets below it and these may not exceed 107 bytes."""
     digest = hashlib.sha256(str(project_root()).encode()).hexdigest()[:8]
@@ -113,6 +118,7 @@ def service_environment() -> dict[str, str]:
         "DVC_SITE_CACHE_DIR": str(state / "dvc"),
         "GX_ANALYTICS_ENABLED": "false",
         "PROJ_NETWORK": "OFF",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mm_model.adapters.ray_proxy:middlewares",
         # Threads that wait must not spin: training, evaluation and replicas share the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
     }

@@ -22,15 +22,17 @@ import ray
 import torch
 from ray import serve
 
-from mm_model.adapters import environment
+from mm_model.adapters import environment, traces
 from mm_model.adapters.champion import ChampionFollower
 from mm_model.bundle import load_bundle
 from mm_model.config import ServeConfig, load_params, parse
 from mm_model.errors import MMError, ServiceError
 from mm_model.geo.grid import Grid
-from mm_model.serving.access import AUDIT, check_exposure, configured_keys, parse_keys
+from mm_model.serving.access import check_exposure, configured_keys, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
+from mm_model.serving.jobs.routes import JobsPlace
+from mm_model.serving.metrics import Metrics, Snapshot
 
 # A share of a logical CPU: replicas stand beside training on small machines, and are mostly idle.
 _REPLICA_CPUS = 0.25
@@ -38,7 +40,9 @@ _REPLICA_CPUS = 0.25
 _OTHER_REQUESTS = 64
 _HEALTH_TIMEOUT_S = 25.0
 _RAY_START_S = 180.0
+_GATHER_S = 5.0
 _WATCH_S = 5.0
+_LOG = logging.getLogger("mm_model.endpoint")
 
 
 @serve.ingress()
@@ -47,19 +51,46 @@ class Endpoint:
 
     def __init__(self, config: dict[str, Any], model: str, keys: str = "") -> None:
         environment.enter()
+        _log_as_serve_does()
         self._keys = parse_keys(keys, "API keys")
-        AUDIT.setLevel(logging.INFO)
-        AUDIT.addHandler(logging.StreamHandler())  # into the replica's log
         self._config = parse(ServeConfig, config, "serve configuration")
+        if self._config.traces_url is not None:
+            traces.send_to(str(self._config.traces_url))
+        self._counted = Metrics()
+        self._place = serve.get_replica_context().replica_id
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self._config.replicas))
+        replicas = self._config.max_replicas or self._config.replicas
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas))
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
         self._champion = ChampionFollower(model, cache, self._load)
+        folder = environment.state_dir() / "jobs" / model
+        self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
         self._champion.start(self._config.alias_poll_s)
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
-        return build_app(self._champion, self._config, self._keys)
+        return build_app(
+            self._champion,
+            self._config,
+            self._keys,
+            self._jobs,
+            counted=self._counted,
+            gather=self._gather,
+        )
+
+    async def counted(self) -> tuple[str, Snapshot]:
+        """This replica's name, and what it has counted."""
+        return self._place.unique_id, self._counted.snapshot(self._champion)
+
+    async def _gather(self) -> dict[str, Snapshot]:
+        """What all replicas have counted; this one's alone if one of them does not answer."""
+        of = self._place.deployment_id
+        asked = serve.get_deployment_handle(of.name, of.app_name).broadcast("counted")
+        try:
+            return dict(await asked.results_async(timeout_s=_GATHER_S))
+        except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+            _LOG.warning("not all replicas say what they have counted: %r", error)
+            return dict([await self.counted()])
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose health check raises."""
@@ -82,6 +113,13 @@ class Endpoint:
         return generator
 
 
+def _log_as_serve_does() -> None:
+    """What this package logs goes into the replica's own log, as JSON with the request's id."""
+    ours, serves = logging.getLogger("mm_model"), logging.getLogger("ray.serve")
+    ours.handlers, ours.propagate = serves.handlers, False
+    ours.setLevel(logging.INFO)
+
+
 def _probe(generator: Generator) -> None:
     """The smallest answer that runs through all of the model."""
     side = generator.manifest.patch_px
@@ -100,7 +138,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
     deployment = serve.deployment(
         Endpoint,
         name="endpoint",
-        num_replicas=config.replicas,
+        **_scale(config),
         ray_actor_options={
             "num_cpus": _REPLICA_CPUS,
             "runtime_env": {"env_vars": environment.service_environment()},
@@ -113,9 +151,27 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         health_check_timeout_s=_HEALTH_TIMEOUT_S + 5,
         graceful_shutdown_timeout_s=config.deadline_s,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"encoding": "JSON", "logs_dir": str(environment.log_dir() / "replicas")},
         max_surge_percent=100,  # the new replica is ready before the old one stops
     )
     return deployment.bind(config.model_dump(mode="json"), model, keys)
+
+
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    """How many replicas there are: as many as declared, or more with the load.
+
+    Each has work for one batch while the one before it is sampled: beyond that, more help.
+    """
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    return {
+        "num_replicas": None,
+        "autoscaling_config": {
+            "min_replicas": config.replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": 2 * config.max_batch,
+        },
+    }
 
 
 def build(arguments: dict[str, str]) -> serve.Application:

@@ -19,9 +19,10 @@ from mm_model.adapters.ray_train import Job, launch
 from mm_model.adapters.train_progress import following
 from mm_model.bundle import Manifest, load_manifest, save_bundle
 from mm_model.config import Params
+from mm_model.data.index import INDEX
 from mm_model.data.licences import licences
 from mm_model.data.split import TRAIN, VALIDATION, load_split
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 from mm_model.errors import ConfigError
 from mm_model.pretrained import NAME, PRETRAINED
 from mm_model.training.start import check_start, join_statistics, merge_sets

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mm_model.data.footprints import BBOX, GEOMETRY
+from mm_model.data.index import INDEX
 from mm_model.data.patch import Layer
 from mm_model.data.quality import day_span
 from mm_model.data.stats import BandSummary
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 from mm_model.modalities import Modality
 
 MOST_LAYERS = 10_000

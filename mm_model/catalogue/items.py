@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from mm_model.catalogue.census import Census
 from mm_model.data.footprints import BBOX, GEOMETRY, geo_metadata
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.index import INDEX
+from mm_model.data.store import PatchStore
 from mm_model.modalities import Modality
 
 STAC_VERSION = "1.1.0"
@@ -110,7 +111,8 @@ def write_items(
         for low in range(0, len(starts), _ROW_GROUP):
             part = slice(low, low + _ROW_GROUP)
             rows = index.iloc[starts[part][0] : ends[part][-1]]
-            table = _table(rows, census, part, outlines[part], same, f"../{store.path.name}")
+            folder = store.shards_url or f"../{store.path.name}"
+            table = _table(rows, census, part, outlines[part], same, folder)
             table = table.replace_schema_metadata(facts)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)

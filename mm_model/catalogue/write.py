@@ -19,7 +19,8 @@ from mm_model.catalogue.items import COLLECTION, write_items
 from mm_model.catalogue.page import page
 from mm_model.catalogue.sheets import sheets
 from mm_model.data.files import sync_folder
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.index import INDEX
+from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.modalities import Modality
 

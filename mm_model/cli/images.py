@@ -26,8 +26,7 @@ from mm_model.pretrained import NAME, PRETRAINED
 
 if TYPE_CHECKING:
     from mm_model.serving.generator import Generator, ObservedLayer
-    from mm_model.serving.requests import Aligned
-    from mm_model.serving.scenes import SceneRequest
+    from mm_model.serving.requests import Aligned, SceneRequest
 
 _PANEL_PX = 1024  # longest side of a panel
 _MAX_SAMPLES = 1024  # they are drawn one after another
@@ -68,13 +67,13 @@ def generate(
         if uncertainty:
             raise ConfigError("--uncertainty", remedy="ask a bundle for it, not an endpoint")
         with Client(endpoint) as client:
-            answer = client.generate(
-                files, targets=targets, samples=samples, seed=seed, steps=steps,
+            answer = client.generate_to(
+                out, files, targets=targets, samples=samples, seed=seed, steps=steps,
                 height=size[0], width=size[1], conditions=conditions,
             )  # fmt: skip
-            written = answer.save(out)
+            written = list(answer.paths)
     else:
-        from mm_model.serving.scenes import SceneRequest
+        from mm_model.serving.requests import SceneRequest
 
         folder = bundle or _bundle_at_hand()
         request = SceneRequest(
@@ -98,7 +97,7 @@ def fill(
     bundle: Path | None,
 ) -> None:
     """Complete a layer, "modality=file", guided by what is observed of it and of others."""
-    from mm_model.serving.scenes import SceneRequest
+    from mm_model.serving.requests import SceneRequest
 
     name, _ = _observation(layer, "the layer to fill:")
     files = _observations([layer, *observe], bundle, None)
@@ -157,7 +156,7 @@ def embed(
         from mm_model.client import Client
 
         with Client(endpoint) as client:
-            written = client.embed(files, conditions=conditions).save(out)
+            written = list(client.embed_to(out, files, conditions=conditions).paths)
     else:
         written = _embed_through_bundle(bundle or _bundle_at_hand(), files, conditions, out)
     _say(written)

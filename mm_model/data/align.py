@@ -26,6 +26,7 @@ def to_physical(
     linear_power: bool,
     out_of_range: OutOfRange,
     where: str,
+    is_part: bool = False,
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Stored numbers in the unit of a continuous modality.
 
@@ -38,19 +39,23 @@ def to_physical(
         linear_power: whether that is power, to be expressed in dB; no power is no measurement.
         out_of_range: what to do with values that the modality cannot have.
         where: the file, for errors.
+        is_part: whether these are some of its pixels, whose median may be anything.
 
     Raises:
         RasterError: a value is out of range and that is an error, or the median is not plausible
             for the unit.
     """
     column = (slice(None), None, None)
-    physical = values * np.asarray(scales, np.float64)[column] + np.asarray(offsets)[column]
+    physical = values * np.asarray(scales, np.float64)[column]
+    physical += np.asarray(offsets)[column]
     if linear_power:
         valid = valid & (physical > 0).all(axis=0)
         physical = 10 * np.log10(np.where(physical > 0, physical, 1))
     low, high = modality.valid_range
-    outside = ((physical < low) | (physical > high)) & valid
-    if outside.any():
+    # Most often all is inside, which two passes without a mask say; NaN is not.
+    inside = physical.size and physical.min() >= low and physical.max() <= high
+    outside = None if inside else ((physical < low) | (physical > high)) & valid
+    if outside is not None and outside.any():
         if out_of_range == "error":
             raise RasterError(
                 f"{where}: values of {modality.name}",
@@ -60,8 +65,19 @@ def to_physical(
             )
         valid = valid if out_of_range == "clip" else valid & ~outside.any(axis=0)
         physical = np.clip(physical, low, high)
+    if not is_part:
+        check_median(physical if valid.all() else physical[:, valid], modality, where)
+    return physical.astype(np.float32), valid
+
+
+def check_median(known: NDArray[Any], modality: Modality, where: str) -> None:
+    """Whether values are what their unit says: a wrong scale or unit shows in the median.
+
+    Raises:
+        RasterError: it is not plausible.
+    """
     low, high = modality.quantity.traits.plausible_median
-    median = float(np.median(physical[:, valid])) if valid.any() else low
+    median = float(np.median(known)) if known.size else low
     if not low <= median <= high:
         raise RasterError(
             f"{where}: median of {modality.name}",
@@ -69,7 +85,6 @@ def to_physical(
             allowed=f"{low:g} to {high:g} {modality.unit}",
             remedy="look at scale, offset and unit in the manifest",
         )
-    return physical.astype(np.float32), valid
 
 
 def to_classes(

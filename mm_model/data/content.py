@@ -17,6 +17,13 @@ _CLOUD_REFLECTANCE = 0.35
 _CLOUD_COLOUR_SPREAD = 0.25
 
 
+def known_values(layer: Layer) -> NDArray[Any]:
+    """The values of the valid pixels, [bands, n]; without a copy where all are."""
+    if layer.valid.all():
+        return layer.values.reshape(len(layer.values), -1)
+    return layer.values[:, layer.valid]
+
+
 def content(layer: Layer, modality: Modality) -> dict[str, Any]:
     """Columns of the index.
 
@@ -31,7 +38,7 @@ def content(layer: Layer, modality: Modality) -> dict[str, Any]:
     """
     if modality.is_categorical or not layer.valid.any():
         return {"median": np.nan, "saturated_share": np.nan, "white_share": np.nan, "look": None}
-    known = layer.values[:, layer.valid].astype(np.float32)
+    known = known_values(layer).astype(np.float32, copy=False)
     greatest = known.max(axis=1, keepdims=True)
     white = np.nan
     if modality.quantity is Quantity.REFLECTANCE and len(modality.bands) >= 3:

@@ -94,6 +94,10 @@ class Features:
 def features(layer: Layer, modality: Modality, gsd_m: float) -> Features:
     """The structure of a layer, without the contrast of its sensor."""
     values, valid = layer.values, layer.valid
+    known = _eroded(valid, _BORDER_PX)
+    nothing = Features(np.zeros((0, *valid.shape), np.float32), known)
+    if min(nothing.template.sum(), known.sum()) < _LEAST_TEMPLATE_PX:
+        return nothing  # nothing could be found
     if modality.is_categorical:
         codes, counts = np.unique(values[0][valid], return_counts=True)
         frequent = codes[np.argsort(-counts, kind="stable")][:_CLASSES]
@@ -111,9 +115,8 @@ def features(layer: Layer, modality: Modality, gsd_m: float) -> Features:
     spread = detail[:, valid].std(axis=1) if valid.any() else np.zeros(len(detail))
     alive = spread > 1e-6
     detail, spread = detail[alive], spread[alive, None, None]
-    known = _eroded(valid, _BORDER_PX)
     if not len(detail):
-        return Features(np.zeros((0, *valid.shape), np.float32), known)
+        return nothing
     detail = detail / spread
     tensor = _structure(detail, valid)
     return Features(np.concatenate([detail, tensor]).astype(np.float32), known)

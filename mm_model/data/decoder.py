@@ -1,20 +1,23 @@
 """A process that decodes GeoTIFFs of strangers, and can do little else.
 
-`python -m mm_model.data.decoder MEMORY_BYTES CPU_S`
+`python -m mm_model.data.decoder MEMORY_BYTES CPU_S [DESCRIPTOR]`
 It reads tasks from standard input and answers on standard output, each a line of JSON with raw
-bytes behind it. Once it is warm it can open no file and no socket any more, write no file and start
-no process, and has only so much memory and processor time; see `confine`. Who starts it kills it
-when it takes too long, and believes nothing that it says: see `mm_model.serving.decoders`.
+bytes behind it. A file too large to be sent is handed over open, by its descriptor. Once it is warm
+it can open no file and no socket any more, write no file and start no process, and has only so much
+memory and processor time; see `confine`. Who starts it kills it when it takes too long, and
+believes nothing that it says: see `mm_model.serving.decoders`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,23 +41,59 @@ _TEXT = 256  # characters of a name in the file that are passed on
 
 
 def main() -> None:
-    """Answer tasks until standard input ends. Arguments: bytes of memory, processor seconds."""
-    memory_bytes, cpu_s = map(int, sys.argv[1:])
+    """Answer tasks until standard input ends.
+
+    Arguments: bytes of memory, processor seconds, and the descriptor of an open file, if there is.
+    """
+    memory_bytes, cpu_s, *descriptor = map(int, sys.argv[1:])
+    large = _open_file(descriptor[0]) if descriptor else None
     tasks, answers = sys.stdin.buffer, sys.stdout.buffer
     _warm_up()
     confine(memory_bytes)
     _say(answers, {"ready": True})
-    files: dict[str, bytes] = {}
+    files: dict[str, bytes | raster.OpenFile] = {}
     while line := tasks.readline():
         task = json.loads(line)
         if task["do"] == "begin":
-            files.clear()
+            if task["forget"]:
+                files.clear()
             allow_cpu(cpu_s)
             continue
         try:
-            _answer(task, files, tasks, answers)
+            _answer(task, files, tasks, answers, large)
         except (RasterError, GeoreferenceError) as error:
             _say(answers, {"error": _told(error)})
+
+
+class _View(io.RawIOBase):
+    """Reads an open file at a place of its own, without another descriptor."""
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        self._descriptor, self._size, self._at = descriptor, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        got = os.preadv(self._descriptor, [buffer], self._at)
+        self._at += got
+        return got
+
+
+def _open_file(descriptor: int) -> raster.OpenFile:
+    size_bytes = os.fstat(descriptor).st_size
+    return raster.OpenFile(lambda: io.BufferedReader(_View(descriptor, size_bytes)), size_bytes)
 
 
 def confine(memory_bytes: int) -> None:
@@ -108,6 +147,7 @@ def _warm_up() -> None:
         )
         raster.read_header(content)
         raster.read_raster(content)
+        raster.read_raster(raster.OpenFile(partial(io.BytesIO, content), len(content)))
         try:
             raster.read_raster(content[:-64])
             raster.read_header(b"II*\0")
@@ -116,11 +156,15 @@ def _warm_up() -> None:
 
 
 def _answer(
-    task: Mapping[str, Any], files: dict[str, bytes], tasks: BinaryIO, answers: BinaryIO
+    task: Mapping[str, Any],
+    files: dict[str, bytes | raster.OpenFile],
+    tasks: BinaryIO,
+    answers: BinaryIO,
+    large: raster.OpenFile | None,
 ) -> None:
     name = task["name"]
     if task["do"] == "header":
-        files[name] = tasks.read(task["bytes"])
+        files[name] = large or tasks.read(task["bytes"])
         header = raster.read_header(files[name], name)
         # Tags may be of any length, and nobody asks for them.
         plain = replace(
@@ -131,7 +175,7 @@ def _answer(
         )
         _say(answers, {"header": asdict(plain)})
         return
-    found = raster.read_raster(files[name], name, bands=task["bands"])
+    found = raster.read_raster(files[name], name, bands=task["bands"], window=task.get("window"))
     values = np.ascontiguousarray(found.values)
     _say(answers, {"shape": values.shape, "dtype": values.dtype.name})
     answers.write(values.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mm_model.data.index import INDEX
 from mm_model.data.patch import Layer
 from mm_model.data.stats import BandSummary, layers_of
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 from mm_model.errors import DataError
 from mm_model.modalities import MODALITIES, Modality
 
@@ -160,11 +161,7 @@ def _bands(layers: Iterable[Layer], modality: Modality) -> list[BandSummary] | N
 
 
 def _of_band(modality: Modality, trained: Mapping[str, Any], seen: BandSummary) -> Drift:
-    distance = 0.0
-    for share, quantile in trained["quantiles"].items():
-        # Where many pixels share the quantile's value, the step of the distribution spans a range.
-        below, upto = seen.shares(quantile)
-        distance = max(distance, below - float(share), float(share) - upto)
+    distance = band_distance(trained["quantiles"], seen.shares)
     unit = "" if modality.unit == "1" else f" {modality.unit}"
     return Drift(
         modality.name,
@@ -175,15 +172,48 @@ def _of_band(modality: Modality, trained: Mapping[str, Any], seen: BandSummary) 
     )
 
 
-def _of_classes(modality: Modality, counts: NDArray[np.int64], trained: Mapping[str, int]) -> Drift:
+def band_distance(
+    quantiles: Mapping[str, float], shares: Callable[[float], tuple[float, float]]
+) -> float:
+    """Kolmogorov and Smirnov's distance, as far as the training set's quantiles tell it, 0 to 1.
+
+    Args:
+        quantiles: share of the training set → the value that this share does not exceed.
+        shares: of what was seen, below a value and up to it.
+    """
+    distance = 0.0
+    for share, quantile in quantiles.items():
+        # Where many pixels share the quantile's value, the step of the distribution spans a range.
+        below, upto = shares(quantile)
+        distance = max(distance, below - float(share), float(share) - upto)
+    return distance
+
+
+def class_changes(
+    modality: Modality, trained: Mapping[str, int], shares: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """How much the share of each declared class differs from the training set's; half the sum of
+    the amounts is the total variation.
+
+    Args:
+        modality: says which classes there are.
+        trained: pixels of each code.
+        shares: of what was seen, by code [256].
+    """
     before = np.array([trained[str(c.code)] for c in modality.classes]) / sum(trained.values())
-    after = np.array([counts[c.code] for c in modality.classes]) / counts.sum()
-    most = int(np.abs(after - before).argmax())
-    name = modality.classes[most].name
+    after = np.array([shares[c.code] for c in modality.classes])
+    return np.asarray(after - before, np.float64)
+
+
+def _of_classes(modality: Modality, counts: NDArray[np.int64], trained: Mapping[str, int]) -> Drift:
+    shares = counts / counts.sum()
+    changes = class_changes(modality, trained, shares)
+    most = int(np.abs(changes).argmax())
+    name, after = modality.classes[most].name, shares[modality.classes[most].code]
     return Drift(
         modality.name,
         "classes",
-        float(np.abs(after - before).sum() / 2),
-        f"{name} {before[most]:.0%}",
-        f"{name} {after[most]:.0%}",
+        float(np.abs(changes).sum() / 2),
+        f"{name} {after - changes[most]:.0%}",
+        f"{name} {after:.0%}",
     )

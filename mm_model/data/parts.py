@@ -1,19 +1,17 @@
 """Parts: what one unit of preparation leaves, in a file of its own until all are joined.
 
 A unit is work that fits in memory and knows nothing of others, so any number of processes may make
-parts, in any order, and a part that is there need not be made again.
+parts, in any order, and a part that is there need not be made again. Its name says of which unit
+it is and how many patches it holds.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import traceback
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,8 @@ import pyarrow as pa
 from mm_model.config import AlignmentConfig
 from mm_model.data.alignment import align
 from mm_model.data.patch import Layer, Patch, Source, Unit
-from mm_model.data.store import StoredLayer, stored_layers
+from mm_model.data.shards import StoredLayer, stored_layers
+from mm_model.data.storage import Folder
 from mm_model.errors import DataError, MMError
 from mm_model.modalities import Modality
 
@@ -32,26 +31,30 @@ _SCHEMA = pa.schema(
         pa.field("packed", pa.large_binary()),
     ]
 )
+_SUFFIX = ".part"
+
+T = TypeVar("T")
+Make = Callable[[T], "int | MMError"]
+"""Does a piece of work; gives back how many patches it made, or why it could not."""
+Run = Callable[[Make[Any], Iterable[Any]], Iterator[tuple[Any, "int | MMError"]]]
+"""Has works done, somewhere, and tells of each as it is done; `make` and works may be pickled."""
+
+
+def in_this_process(make: Make[T], works: Iterable[T]) -> Iterator[tuple[T, int | MMError]]:
+    """One work after the other."""
+    for work in works:
+        yield work, make(work)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A unit, and the file that shall hold its part."""
+    """A unit whose part shall be made, and the key that the part is found by."""
 
     unit: Unit
-    path: Path
+    key: str
 
-
-Make = Callable[[Work], MMError | None]
-"""Makes a part; gives back why it could not."""
-Run = Callable[[Make, Sequence[Work]], Iterator[tuple[Work, MMError | None]]]
-"""Has parts made, somewhere, and tells of each as it is done; `make` and works may be pickled."""
-
-
-def in_this_process(make: Make, works: Sequence[Work]) -> Iterator[tuple[Work, MMError | None]]:
-    """One part after the other."""
-    for work in works:
-        yield work, make(work)
+    def __str__(self) -> str:
+        return self.unit.unit_id
 
 
 @dataclass(frozen=True)
@@ -60,48 +63,49 @@ class PartMaker:
 
     Attributes:
         source: of the units.
+        parts: where they go.
         modalities: that are kept.
         min_valid_fraction: a layer with fewer valid pixels counts as absent.
         alignment: what becomes of layers that lie elsewhere; None measures nothing.
     """
 
     source: Source
+    parts: Folder
     modalities: Sequence[Modality]
     min_valid_fraction: float
     alignment: AlignmentConfig | None
 
-    def __call__(self, work: Work) -> MMError | None:
-        # A name of its own: two processes may be at the same part when a machine was thought lost.
-        partial = work.path.with_name(f"{work.path.name}.{uuid.uuid4().hex}.partial")
+    def __call__(self, work: Work) -> int | MMError:
         try:
-            self._write(work.unit, partial)
+            with self.parts.create() as new:
+                with pa.OSFile(str(new.path), "wb") as stream:
+                    count = self._write(work.unit, stream)
+                new.name = f"{work.key}-{count}{_SUFFIX}"
         except MMError as error:
-            partial.unlink(missing_ok=True)
             return error
-        except Exception as error:  # not foreseen, yet no reason to lose the other units
-            partial.unlink(missing_ok=True)
+        # Not foreseen, yet no reason to lose the other units.
+        except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             return DataError(
                 f"reading {work.unit.unit_id}",
                 got=f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})",
             )
-        partial.replace(work.path)
-        return None
+        return count
 
-    def _write(self, unit: Unit, path: Path) -> None:
+    def _write(self, unit: Unit, stream: pa.NativeFile) -> int:
         by_name = {m.name: m for m in self.modalities}
-        with path.open("wb") as stream:
-            with pa.ipc.new_file(stream, _SCHEMA) as writer:
-                for patch in self.source.read(unit):
-                    patch = self._without_sparse(patch)
-                    measured = None
-                    if self.alignment and patch.layers:
-                        patch, measured = align(patch, self.modalities, self.alignment)
-                        patch = self._without_sparse(patch)  # moving costs pixels
-                    if patch.layers:
-                        writer.write_batch(_batch(stored_layers(patch, by_name, measured)))
-            stream.flush()
-            os.fsync(stream.fileno())
+        count = 0
+        with pa.ipc.new_file(stream, _SCHEMA) as writer:
+            for patch in self.source.read(unit):
+                patch = self._without_sparse(patch)
+                measured = None
+                if self.alignment and patch.layers:
+                    patch, measured = align(patch, self.modalities, self.alignment)
+                    patch = self._without_sparse(patch)  # moving costs pixels
+                if patch.layers:
+                    writer.write_batch(_batch(stored_layers(patch, by_name, measured)))
+                    count += 1
+        return count
 
     def _without_sparse(self, patch: Patch) -> Patch:
         least = self.min_valid_fraction
@@ -109,12 +113,26 @@ class PartMaker:
         return replace(patch, layers=present)
 
 
+def counts_of_parts(parts: Folder) -> dict[str, int]:
+    """Keys of the parts that are there, and how many patches each holds."""
+    whole = (n.removesuffix(_SUFFIX).split("-") for n in parts.names() if n.endswith(_SUFFIX))
+    return {key: int(count) for key, count in whole}
+
+
 def read_part(
-    path: Path, modalities: Mapping[str, Modality]
+    parts: Folder,
+    key: str,
+    count: int,
+    modalities: Mapping[str, Modality],
+    chosen: range,
 ) -> Iterator[tuple[str, dict[str, StoredLayer]]]:
-    """Id and layers of each patch of a part, in the order of the source."""
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        for number in range(reader.num_record_batches):
+    """Id and layers of the chosen patches of a part, in the order of the source."""
+    with (
+        parts.local(f"{key}-{count}{_SUFFIX}") as path,
+        pa.memory_map(str(path)) as file,
+        pa.ipc.open_file(file) as reader,
+    ):
+        for number in chosen:
             layers = {}
             rows = reader.get_batch(number)
             for text, values, packed in zip(*rows.columns, strict=True):

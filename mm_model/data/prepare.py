@@ -1,8 +1,9 @@
 """A source's patches into a store; to be killed at any moment, and started again.
 
-Each unit becomes a part beside the result, renamed into place when it is whole and named by its
-fingerprint (parts.py). A new start finds those and makes only what is missing, in this process or
-in many. At the end they are joined, in the order of unit ids, and removed.
+Each unit becomes a part, which is there when it is whole and named by its fingerprint (parts.py).
+When all are there, chunks of them become shards (chunks.py), then the index. Parts and shards are
+made in this process or in many; a new start finds what was made, and of the store that stands
+whole shards are taken over. Only the index is made anew each time.
 """
 
 from __future__ import annotations
@@ -10,41 +11,56 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mm_model.config import AlignmentConfig, PrepareConfig
+from mm_model.data.chunks import (
+    Chunk,
+    ChunkMaker,
+    ChunkWork,
+    Standing,
+    chunks_of,
+    damaged,
+    read_made,
+    rows_name,
+)
 from mm_model.data.files import sync_folder, write_atomically
-from mm_model.data.parts import PartMaker, Run, Work, in_this_process, read_part
+from mm_model.data.index import INDEX, IndexWriter
+from mm_model.data.parts import PartMaker, Run, Work, counts_of_parts, in_this_process
 from mm_model.data.patch import Source
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.pyramid import Pyramid
 from mm_model.data.sources.stac.source import StacSource
 from mm_model.data.sources.synthetic import SyntheticSource
-from mm_model.data.store import ShardWriter, StoredLayer, read_stored
+from mm_model.data.storage import Folder, LocalFolder, open_folder
+from mm_model.data.store import ABOUT, about, check_ids
 from mm_model.errors import DataError, MMError
 from mm_model.modalities import Modality
 
-_DONE = "store.json"
 # What a store depends on besides its source; the same list stands in dvc.yaml.
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (
     "data/align.py",
     "data/alignment.py",
+    "data/chunks.py",
     "data/content.py",
     "data/coregistration.py",
     "data/footprints.py",
     "data/georeference.py",
+    "data/index.py",
     "data/parts.py",
     "data/prepare.py",
     "data/raster.py",
     "data/remote.py",
+    "data/shards.py",
     "data/sources",
+    "data/storage.py",
     "data/store.py",
+    "data/strips.py",
     "geo",
     "modalities.py",
 )
@@ -80,9 +96,13 @@ def prepare(
     shard_patches: int,
     min_valid_fraction: float,
     alignment: AlignmentConfig | None = None,
+    shards: str | None = None,
     run: Run = in_this_process,
 ) -> int:
     """Write the source's patches as a store at `out`.
+
+    With `shards`, the URL of a folder in object storage, parts and shards lie there, and only the
+    index at `out`. Shards that no index names any more stay there: an older one may.
 
     A store that holds the very same is left alone; of another one the units that did not change are
     taken over. A layer with fewer valid pixels than `min_valid_fraction` counts as absent; a patch
@@ -102,130 +122,174 @@ def prepare(
     settings = [_code_digest(), [m.to_dict() for m in modalities], min_valid_fraction]
     settings.append(alignment.model_dump() if alignment else None)
     keys = [_digest([*settings, unit.unit_id, unit.fingerprint]) for unit in units]
-    fingerprint = _digest([shard_patches, *keys])
-    parts, joined, former = (
+    fingerprint = _digest([shard_patches, shards, *keys])
+    scratch, joined, former = (
         out.with_name(f".{out.name}.{word}") for word in ("parts", "joined", "former")
     )
-    if _done(joined).get("fingerprint") == fingerprint:  # of a run that died in its last act
+    if about(joined).get("fingerprint") == fingerprint:  # of a run that died in its last act
         _replace(out, joined, former)
     elif former.is_dir() and not out.is_dir():
         former.rename(out)
-    done = _done(out)
-    if done.get("fingerprint") == fingerprint:
-        for rest in (parts, joined, former):
+    parts = open_folder(shards).below("parts") if shards else LocalFolder(scratch)
+    if (done := about(out)).get("fingerprint") == fingerprint:
+        parts.remove()
+        for rest in (joined, former):
             shutil.rmtree(rest, ignore_errors=True)
-        return sum(done["units"].values())
-    parts.mkdir(parents=True, exist_ok=True)
-    for rest in parts.glob("*.partial"):
+        return int(done["patches"])
+    for rest in [*scratch.glob("*.partial"), *joined.glob("*.partial")]:
         rest.unlink(missing_ok=True)
-    had = _had(out, keys)
-    works = [Work(unit, parts / key) for unit, key in zip(units, keys, strict=True)]
-    missing = [w for w in works if w.path.name not in had and not w.path.is_file()]
-    make = PartMaker(source, tuple(modalities), min_valid_fraction, alignment)
-    _make_all(make, missing, run, total=len(works))
-    shutil.rmtree(joined, ignore_errors=True)
-    counts = _join(keys, parts, out, had, joined, modalities, shard_patches)
-    if not sum(counts.values()):
-        shutil.rmtree(joined)
+    standing = Standing(out)
+    counts = {**counts_of_parts(parts), **standing.units}
+    works = [Work(unit, key) for unit, key in zip(units, keys, strict=True)]
+    make = PartMaker(source, parts, tuple(modalities), min_valid_fraction, alignment)
+    counts |= _make_all(make, works, counts, run)
+    ordered = [(unit.unit_id, key, counts[key]) for unit, key in zip(units, keys, strict=True)]
+    chunks = chunks_of(ordered, shard_patches)
+    if not chunks:
         raise DataError(
             "no patch was made",
             got=f"{len(units)} units",
             remedy="look at prepare.min_valid_fraction and prepare.patch_px",
         )
-    said = {"fingerprint": fingerprint, "units": counts}
-    write_atomically(joined / _DONE, json.dumps(said).encode())
+    target = open_folder(shards) if shards else LocalFolder(joined)
+    _join(chunks, standing, parts, target, joined, modalities, run)
+    patches = sum(piece.count for chunk in chunks for piece in chunk.pieces)
+    said = {
+        "fingerprint": fingerprint,
+        "patches": patches,
+        **({"shards": shards} if shards else {}),
+        "chunks": [[astuple(piece) for piece in chunk.pieces] for chunk in chunks],
+    }
+    content = json.dumps(said).encode()
+    if shards:  # so that it is a store for whoever knows the address alone
+        for name, path in ((INDEX, joined / INDEX), (ABOUT, None)):
+            with target.create(name) as new:
+                new.path.write_bytes(content if path is None else path.read_bytes())
+    write_atomically(joined / ABOUT, content)
     _replace(out, joined, former)
-    shutil.rmtree(parts)
-    return sum(counts.values())
+    parts.remove()
+    return patches
 
 
-def _make_all(make: PartMaker, missing: Sequence[Work], run: Run, total: int) -> None:
+def _make_all(
+    make: PartMaker, works: Sequence[Work], known: Mapping[str, int], run: Run
+) -> dict[str, int]:
+    """Parts of all units that are not known; the number of patches of each."""
+    missing = [work for work in works if work.key not in known]
+    made: dict[str, int] = {}
     failed: dict[str, MMError] = {}
-    with _progress() as progress:
-        task = progress.add_task("preparing", total=total, completed=total - len(missing))
-        for work, error in run(make, missing):
-            if error is not None:
-                failed[work.unit.unit_id] = error
+    with _progress("units") as progress:
+        task = progress.add_task("preparing", total=len(works), completed=len(works) - len(missing))
+        for work, result in run(make, missing):
+            if isinstance(result, MMError):
+                failed[str(work)] = result
+            else:
+                made[work.key] = result
             said = f", {len(failed)} failed" if failed else ""
-            progress.update(task, description=f"preparing {work.unit.unit_id}{said}", advance=1)
+            progress.update(task, description=f"preparing {work}{said}", advance=1)
+    _raise_all("units that could not be prepared", failed, len(works))
+    return made
+
+
+def _raise_all(what: str, failed: Mapping[str, MMError], of: int) -> None:
     if not failed:
         return
     if len(failed) == 1:
-        raise failed.popitem()[1]
+        raise next(iter(failed.values()))
     kinds = {type(error) for error in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 else DataError
     lines = "".join(f"\n  {name}: {error}" for name, error in sorted(failed.items()))
     raise kind(
-        f"units that could not be prepared ({len(failed)} of {total})",
+        f"{what} ({len(failed)} of {of})",
         got=f"{lines}\n",
-        remedy="mend these and start again: the other units are kept",
+        remedy="mend these and start again: the others are kept",
     )
 
 
 def _join(
-    keys: Sequence[str],
-    parts: Path,
-    old: Path,
-    had: Mapping[str, int],
+    chunks: Sequence[Chunk],
+    standing: Standing,
+    parts: Folder,
+    target: Folder,
     joined: Path,
     modalities: Sequence[Modality],
-    shard_patches: int,
-) -> dict[str, int]:
-    """All units as one store, in this order; the number of patches of each."""
-    by_name = {m.name: m for m in modalities}
-    taken = _taken_over(old, had, keys)
-    counts = {}
-    with ShardWriter(joined, modalities, shard_patches) as writer:
-        for key in keys:
-            counts[key] = 0
-            patches = next(taken) if key in had else read_part(parts / key, by_name)
-            for patch_id, layers in patches:
-                writer.append(patch_id, layers)
-                counts[key] += 1
-    return counts
+    run: Run,
+) -> None:
+    """Shards of all chunks in `target`, and the index in `joined`."""
+    local = isinstance(target, LocalFolder)
+    stays = (
+        isinstance(standing.shards, LocalFolder) if local else (standing.shards.url == target.url)
+    )
+    taken = {c.name for c in chunks if c.name in standing.chunks} if stays else set()
+    there, made = target.names(), parts.names()
+
+    def is_made(chunk: Chunk) -> bool:
+        if rows_name(chunk) not in made:
+            return False
+        return set(read_made(parts, chunk)["shard"].to_pylist()) <= there
+
+    missing = [c for c in chunks if c.name not in taken and not is_made(c)]
+    works = (
+        ChunkWork(
+            c,
+            tuple(standing.rows_of_piece(p) if p.key in standing.units else None for p in c.pieces),
+        )
+        for c in missing
+    )
+    make = ChunkMaker(parts, standing.shards, target, tuple(modalities))
+    failed: dict[str, MMError] = {}
+    with _progress("chunks") as progress:
+        task = progress.add_task("joining", total=len(chunks), completed=len(chunks) - len(missing))
+        for work, result in run(make, works):
+            if isinstance(result, MMError):
+                failed[str(work)] = result
+            progress.update(task, advance=1)
+    _raise_all("shards that could not be written", failed, len(chunks))
+    joined.mkdir(parents=True, exist_ok=True)
+    ids: set[int] = set()
+    wanted: set[str] = set()
+    index = IndexWriter(joined / INDEX)
+    for chunk in chunks:
+        is_old = chunk.name in taken
+        rows = standing.rows_of_chunk(chunk.name) if is_old else read_made(parts, chunk)
+        shards = set(rows["shard"].unique().to_pylist())
+        wanted |= shards
+        if is_old and local:
+            for name in sorted(shards):
+                _take_over(Path(standing.shards.url) / name, joined / name)
+        check_ids(rows["patch_id"].unique().to_pylist(), ids)
+        index.write(rows)
+    index.close()
+    for rest in joined.iterdir():  # of a run that died, when there were other units
+        if rest.name != INDEX and rest.name not in wanted:
+            rest.unlink()
 
 
-def _taken_over(
-    store: Path, had: Mapping[str, int], keys: Sequence[str]
-) -> Iterator[Iterator[tuple[str, dict[str, StoredLayer]]]]:
-    """The patches of each unit of a store that is wanted again."""
-    wanted = set(keys)
-    if had:
-        patches = read_stored(store)
-        for key, count in had.items():
-            unit = islice(patches, count)
-            if key in wanted:
-                yield unit
-            for _ in unit:  # passed over
-                pass
-
-
-def _had(store: Path, keys: Sequence[str]) -> dict[str, int]:
-    """The units of a store and the number of patches of each; none if none can be taken over."""
-    had: dict[str, int] = _done(store).get("units", {})
-    wanted = set(keys)
-    # Both are read from front to back. A source that sorts as it should has no other order.
-    if [key for key in had if key in wanted] != [key for key in keys if key in had]:
-        return {}
-    return had if had.keys() & wanted else {}
-
-
-def _done(store: Path) -> dict[str, Any]:
-    """What stands in a store about what it was made of; nothing where it is none, or an old one."""
+def _take_over(old: Path, new: Path) -> None:
+    """The same file under both names where the disk can do that: it is never written again."""
+    if new.is_file():
+        return
+    partial = new.with_name(f"{new.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        said: dict[str, Any] = json.loads((store / _DONE).read_text())
-    except FileNotFoundError:
-        return {}
-    return said if "units" in said else {}
+        try:
+            partial.hardlink_to(old)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another disk, or one without links
+            shutil.copy2(old, partial)
+    except OSError as error:
+        raise damaged(old.parent, error) from error
+    partial.replace(new)
 
 
 def _replace(out: Path, joined: Path, former: Path) -> None:
     """At every moment one of them is whole."""
+    sync_folder(joined)
     shutil.rmtree(former, ignore_errors=True)
     if out.is_dir():
         out.rename(former)
     joined.rename(out)
-    sync_folder(out)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -243,11 +307,11 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _progress() -> Progress:
+def _progress(what: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("units"),
+        TextColumn(what),
         TimeRemainingColumn(),
     )

@@ -8,17 +8,18 @@ this machine that it names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # what PROJ's complaints are; it has no public name
+from rasterio.abc import FileContainer
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
@@ -27,9 +28,48 @@ from rasterio.windows import Window
 
 from mm_model.data.files import write_atomically
 from mm_model.data.georeference import crs_of, crs_to_string, same_crs, source_pixels_per_target
+from mm_model.data.storage import gdal_options, stat
 from mm_model.errors import GeoreferenceError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
+
+
+class OpenFile(FileContainer):  # type: ignore[misc]
+    """A file that is open already, as GDAL takes it.
+
+    Args:
+        view: gives one more view of it: GDAL takes several at once, and closes them.
+        size_bytes: of the file.
+    """
+
+    def __init__(self, view: Callable[[], BinaryIO], size_bytes: int) -> None:
+        self._view, self._size = view, size_bytes
+
+    def open(self, path: str, mode: str = "r", **_: object) -> BinaryIO:
+        if not self.isfile(path):
+            raise FileNotFoundError(path)
+        return self._view()
+
+    def isfile(self, path: str) -> bool:
+        return path.endswith(_OPEN_NAME)
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def ls(self, path: str) -> list[str]:
+        return []
+
+    def mtime(self, path: str) -> int:
+        return 0
+
+    def rm(self, path: str) -> None:
+        raise OSError(f"{path} is only read")
+
+    def size(self, path: str) -> int:
+        return self._size
+
+
+_OPEN_NAME = "/open/upload"
 
 # A target pixel that spans more source pixels than this is a summary of them, not a sample.
 _COARSENING = 1.25
@@ -98,8 +138,8 @@ class Raster:
         return self.header.tags
 
 
-def read_header(file: Path | bytes, name: str | None = None) -> RasterHeader:
-    """A GeoTIFF's header; `name` is what errors call a file that is given as bytes.
+def read_header(file: Path | bytes | OpenFile, name: str | None = None) -> RasterHeader:
+    """A GeoTIFF's header; `name` is what errors call a file that is not a path.
 
     Raises:
         RasterError: the file is missing, empty, or no GeoTIFF; the message names it.
@@ -109,7 +149,7 @@ def read_header(file: Path | bytes, name: str | None = None) -> RasterHeader:
 
 
 def read_raster(
-    file: Path | bytes,
+    file: Path | bytes | OpenFile,
     name: str | None = None,
     *,
     bands: Sequence[int | str] | None = None,
@@ -300,29 +340,35 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _label(file: Path | bytes, name: str | None) -> str:
+def _label(file: Path | bytes | OpenFile, name: str | None) -> str:
     return name or (str(file) if isinstance(file, Path) else "upload")
 
 
+def _size_of(file: bytes | OpenFile) -> int:
+    return len(file) if isinstance(file, bytes) else file.size(_OPEN_NAME)
+
+
 @contextmanager
-def _open(file: Path | bytes, name: str | None) -> Iterator[Any]:
+def _open(file: Path | bytes | OpenFile, name: str | None) -> Iterator[Any]:
     """An open dataset; whatever goes wrong with it until it is closed is a RasterError."""
     label = _label(file, name)
-    if isinstance(file, Path):
-        if not file.is_file():
-            raise RasterError(f"{label} does not exist", remedy="mend the path")
-        if file.stat().st_size == 0:
-            raise RasterError(f"{label} is empty", remedy="fetch the file again")
-    elif not file:
-        # rasterio would open an empty memory file for writing.
-        raise RasterError(f"{label} is empty", remedy="send a GeoTIFF")
+    try:
+        size = stat(file)[0] if isinstance(file, Path) else _size_of(file)
+    except OSError:
+        raise RasterError(f"{label} does not exist", remedy="mend the path") from None
+    if size == 0:  # rasterio would open an empty memory file for writing
+        raise RasterError(f"{label} is empty", remedy="fetch or send it again")
     try:
         with quiet():
             if isinstance(file, Path):
-                with rasterio.open(file, driver="GTiff") as dataset:
+                options = gdal_options(file)
+                with rasterio.Env(**options), rasterio.open(file, driver="GTiff") as dataset:
+                    yield dataset
+            elif isinstance(file, bytes):
+                with MemoryFile(file) as memory, memory.open(driver="GTiff") as dataset:
                     yield dataset
             else:
-                with MemoryFile(file) as memory, memory.open(driver="GTiff") as dataset:
+                with rasterio.open(_OPEN_NAME, driver="GTiff", opener=file) as dataset:
                     yield dataset
     except RasterioError as error:
         cause = " ".join(str(error.__cause__ or error).split())

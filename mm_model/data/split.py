@@ -149,7 +149,14 @@ def _within(
     near = np.zeros(len(centres), dtype=np.bool_)
     if not len(others):
         return near
-    for i, (centre, radius) in enumerate(zip(centres, radii, strict=True)):
-        gap = _distance_m(centre, others) - radius - other_radii
+    # What lies farther north or south than this is farther off: of many places few are compared.
+    order = np.argsort(others[:, 1])
+    others, other_radii = others[order], other_radii[order]
+    reach_deg = np.degrees((margin_m + radii + other_radii.max()) / _EARTH_RADIUS_M) + 1e-9
+    first = np.searchsorted(others[:, 1], centres[:, 1] - reach_deg)
+    last = np.searchsorted(others[:, 1], centres[:, 1] + reach_deg, side="right")
+    for i in np.flatnonzero(last > first):
+        some = slice(first[i], last[i])
+        gap = _distance_m(centres[i], others[some]) - radii[i] - other_radii[some]
         near[i] = gap.min() < margin_m
     return near

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +17,14 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
+from mm_model.api import SIDECAR
 from mm_model.data import georeference, raster
+from mm_model.data.files import write_atomically
 from mm_model.errors import RasterError
 from mm_model.geo.grid import Grid
 
 BLOCK_PX = 512  # side of the blocks of what is written
+COPY_BLOCK_PX = 256  # side of the blocks of a copy
 CACHE_MB = 128  # of decoded blocks that GDAL may hold
 _LATTICE = 33  # points along a strip's side that say which part of a source lies below it
 _KERNEL_PX = 3  # that resampling reaches beyond a pixel, in source pixels and more
@@ -89,6 +92,7 @@ class CogWriter:
         colors: RGBA by code; they make it a map.
         tags: of the file.
         categorical: whether values are codes.
+        sidecar: what GDAL reads beside it.
     """
 
     def __init__(
@@ -103,9 +107,11 @@ class CogWriter:
         colors: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
         tags: Mapping[str, str] = MappingProxyType({}),
         categorical: bool = False,
+        sidecar: bytes | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._grid, self._categorical = path, grid, categorical
+        self._sidecar = sidecar
         self._rows, self._held = 0, np.empty((len(band_names), 0, grid.width), dtype)
         self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
         self._cog = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -153,7 +159,7 @@ class CogWriter:
         self._flush(self._held.shape[1])
         if self._rows != self._grid.height:
             raise RasterError(f"{self.path}: rows", got=self._rows, allowed=self._grid.height)
-        with self._written():
+        with _written(self.path):
             self._dataset.close()
             rasterio.shutil.copy(
                 self._raw,
@@ -165,24 +171,79 @@ class CogWriter:
                 overview_resampling="mode" if self._categorical else "average",
                 bigtiff="if_safer",
             )
+        if self._sidecar is not None:
+            write_atomically(self.path.with_name(self.path.name + SIDECAR), self._sidecar)
         self._cog.replace(self.path)
         return self.path
 
     def _flush(self, rows: int) -> None:
         if rows:
             window = Window(0, self._rows, self._grid.width, rows)
-            with self._written():
+            with _written(self.path):
                 self._dataset.write(self._held[:, :rows], window=window)
             self._held, self._rows = self._held[:, rows:], self._rows + rows
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        """What goes wrong while it is written is a RasterError."""
-        try:
-            yield
-        except RasterioError as error:
-            raise RasterError(
-                f"{self.path} cannot be written",
-                got=" ".join(str(error.__cause__ or error).split())[:200],
-                remedy="look whether the disk is full",
-            ) from error
+
+@contextmanager
+def _written(what: object) -> Iterator[None]:
+    """What goes wrong while it is written is a RasterError."""
+    try:
+        yield
+    except RasterioError as error:
+        raise RasterError(
+            f"{what} cannot be written",
+            got=" ".join(str(error.__cause__ or error).split())[:200],
+            remedy="look whether the disk is full",
+        ) from error
+
+
+def write_copy(
+    path: Path,
+    header: raster.RasterHeader,
+    numbers: Sequence[int],
+    rows: Iterable[tuple[int, NDArray[np.generic], NDArray[np.bool_]]],
+) -> None:
+    """Write decoded pixels as they are: what reads the copy reads what the original holds.
+
+    Args:
+        path: of the GeoTIFF; the mask is inside it, tags are not copied.
+        header: of the original.
+        numbers: of the bands that are copied, from 1.
+        rows: from top to bottom: first row, values [bands, rows, W], valid [rows, W].
+
+    Raises:
+        RasterError: it cannot be written.
+    """
+    grid, picked = header.grid, [number - 1 for number in numbers]
+    options = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": CACHE_MB}
+    with (
+        _written("a copy of an upload"),
+        raster.quiet(),
+        rasterio.Env(**options),
+        rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            height=grid.height,
+            width=grid.width,
+            count=len(picked),
+            dtype=header.dtype,
+            crs=grid.crs or None,
+            transform=Affine(*grid.transform),
+            tiled=True,
+            blockxsize=COPY_BLOCK_PX,
+            blockysize=COPY_BLOCK_PX,
+            interleave="band",
+            compress="deflate",
+            zlevel=1,
+            bigtiff="if_safer",
+        ) as copy,
+    ):
+        copy.descriptions = tuple(header.band_names[k] for k in picked)
+        copy.units = tuple(header.units[k] for k in picked)
+        copy.scales = tuple(header.scales[k] for k in picked)
+        copy.offsets = tuple(header.offsets[k] for k in picked)
+        for row, values, valid in rows:
+            window = Window(0, row, grid.width, values.shape[1])
+            copy.write(values, window=window)
+            copy.write_mask(valid, window=window)

@@ -8,39 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_model.api import PROBLEM, problem_of
-from mm_model.errors import ConfigError, ForbiddenError, MMError, UnauthenticatedError
+from mm_model.api import PROBLEM, RETRY_AFTER_S, problem_of
+from mm_model.errors import (
+    ConfigError,
+    ForbiddenError,
+    MMError,
+    OverloadedError,
+    UnauthenticatedError,
+)
+from mm_model.serving.front import request_id_of
 
 KEYS, KEYS_FILE = "MM_API_KEYS", "MM_API_KEYS_FILE"
 """Variables that hold the lines of keys (";" stands for a line's end), or name their file."""
 
+PAGE_FILES = "/page"
+"""Where the files of the page at "/" lie."""
+
 AUDIT = logging.getLogger("mm_model.audit")
-"""A line of JSON for each request: who, what, how it ended; nothing of what was sent."""
+"""A record for each request, its facts as attributes: who, what, how it ended; nothing of what was
+sent."""
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # probes ask them, and they tell nothing
-_HEADERS: Mapping[str, str] = {
+_NEVER = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": f"default-src 'none'; style-src 'unsafe-inline'; {_NEVER}",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# The page at "/" runs its own scripts, asks its own endpoint, and turns no text into markup.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    f"require-trusted-types-for 'script'; {_NEVER}"
+)
+_JOB_PATH = re.compile(r"^/v1/jobs/[0-9a-f]{32}(/result)?$")
 _LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<scopes>[a-z,]+)\s+(?P<digest>[0-9a-f]{64})")
 
 
@@ -54,10 +71,19 @@ class KeyScope(StrEnum):
 
 _NEEDED: Mapping[str, KeyScope] = {
     "/v1/generate": KeyScope.GENERATE,
+    "/v1/align": KeyScope.GENERATE,
+    "/v1/fill": KeyScope.GENERATE,
     "/v1/embed": KeyScope.EMBED,
     "/metrics": KeyScope.METRICS,
 }
-_KNOWN = {*_OPEN, *_NEEDED, "/v1/model", "/v1/modalities", "/docs", "/openapi.json"}
+_WORK = frozenset({KeyScope.GENERATE, KeyScope.EMBED})
+_JOBS = "/v1/jobs"
+_KNOWN = {
+    *(_JOBS, _JOBS + "/{job_id}", _JOBS + "/{job_id}/result"),
+    *_OPEN,
+    *_NEEDED,
+    *("/v1/model", "/v1/modalities", "/docs", "/openapi.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -154,10 +180,20 @@ class Guard:
     Args:
         app: what answers.
         keys: who may ask; empty: anybody.
+        max_per_key: most requests of one key that are worked on at once; None is no limit.
+        on_refused: told the code of each problem that a request is refused with here.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        max_per_key: int | None = None,
+        on_refused: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._app, self._keys, self._on_refused = app, keys, on_refused
+        self._max_per_key = max_per_key
+        self._in_progress: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -173,28 +209,45 @@ class Guard:
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
-                MutableHeaders(scope=message).update(_HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                if _is_page(seen.path):
+                    headers["Content-Security-Policy"] = _PAGE_POLICY
             seen.sent += len(message.get("body", b""))
             await send(message)
 
         try:
-            key = self._key(scope)
-            seen.key = key.name if key else None
-            self._check(seen.path, key)
-        except MMError as error:
-            answer = JSONResponse(
-                problem_of(error).model_dump(exclude_none=True),
-                status_code=problem_of(error).status,
-                media_type=PROBLEM,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            app: ASGIApp = answer
-        else:
-            app = self._app
-        try:
-            await app(scope, counted, secured)
+            try:
+                key = self._key(scope)
+                seen.key = key.name if key else None
+                self._check(seen.path, key)
+                scope[_HOLDER] = seen.key or ""
+                with self._place(seen.path, key):
+                    await self._app(scope, counted, secured)
+            except MMError as error:  # of this guard: the application answers its own
+                self._on_refused(error.code)
+                await _refusal(error, scope)(scope, counted, secured)
         finally:
             seen.log()
+
+    @contextmanager
+    def _place(self, path: str, key: Key | None) -> Iterator[None]:
+        """One of the places that a key has for requests that are work."""
+        if key is None or self._max_per_key is None or _NEEDED.get(path) not in _WORK:
+            yield
+            return
+        if self._in_progress[key.name] >= self._max_per_key:
+            raise OverloadedError(
+                f"too many requests of the API key {key.name} are in progress",
+                got=self._in_progress[key.name],
+                allowed=self._max_per_key,
+                remedy="wait for one of them",
+            )
+        self._in_progress[key.name] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[key.name] -= 1
 
     def _key(self, scope: Scope) -> Key | None:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -203,7 +256,7 @@ class Guard:
         return self._keys.get(_digest(given.strip()))
 
     def _check(self, path: str, key: Key | None) -> None:
-        if not self._keys or path in _OPEN:
+        if not self._keys or path in _OPEN or _is_page(path):
             return
         if key is None:
             raise UnauthenticatedError(
@@ -211,7 +264,8 @@ class Guard:
                 allowed="the header Authorization: Bearer <key>",
                 remedy="ask who runs the endpoint for a key",
             )
-        needed = _NEEDED.get(path)
+        is_job = path == _JOBS or path.startswith(_JOBS + "/")
+        needed = KeyScope.GENERATE if is_job else _NEEDED.get(path)
         if needed is not None and needed not in key.scopes:
             raise ForbiddenError(
                 "the API key is for something else",
@@ -220,30 +274,65 @@ class Guard:
             )
 
 
+def _is_page(path: str) -> bool:
+    """Whether it is of the page, whose files are no secret: it asks for a key itself."""
+    return path in ("", "/") or path.startswith(f"{PAGE_FILES}/")
+
+
+_HOLDER = "mm_model.holder"
+
+
+def holder_of(scope: Scope) -> str:
+    """Name of the key that a request came with; "" where there are none."""
+    return str(scope.get(_HOLDER, ""))
+
+
 class _Seen:
     """What the audit log tells of a request."""
 
     def __init__(self, scope: Scope) -> None:
         root, path = scope.get("root_path", ""), scope["path"]
         self.path = path[len(root) :] if root and path.startswith(root) else path
+        self._shown = _JOB_PATH.sub(r"/v1/jobs/{job_id}\1", self.path)
         self._scope, self._began = scope, time.perf_counter()
         self.key: str | None = None
         self.status, self.received, self.sent = 499, 0, 0  # as where the caller leaves
 
     def log(self) -> None:
         client = self._scope.get("client")
-        line: MutableMapping[str, Any] = {
-            "client": client[0] if client else None,
-            "key": self.key,
-            "method": self._scope["method"] if self.path in _KNOWN else "other",
-            # A path that nobody declared is something that the caller wrote.
-            "path": self.path if self.path in _KNOWN else "other",
-            "status": self.status,
-            "received_bytes": self.received,
-            "sent_bytes": self.sent,
-            "seconds": round(time.perf_counter() - self._began, 4),
-        }
-        AUDIT.info(json.dumps(line))
+        AUDIT.info(
+            "answered",
+            extra={
+                "request_id": request_id_of(self._scope),
+                "client": client[0] if client else None,
+                "key": self.key,
+                "method": self._scope["method"] if self._shown_path() != "other" else "other",
+                "path": self._shown_path(),
+                "status": self.status,
+                "received_bytes": self.received,
+                "sent_bytes": self.sent,
+                "seconds": round(time.perf_counter() - self._began, 4),
+            },
+        )
+
+    def _shown_path(self) -> str:
+        """A path that nobody declared is something that the caller wrote."""
+        if _is_page(self.path):
+            return "/"
+        return self._shown if self._shown in _KNOWN else "other"
+
+
+def _refusal(error: MMError, scope: Scope) -> JSONResponse:
+    problem = problem_of(error, request_id_of(scope))
+    headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
+    if problem.status in RETRY_AFTER_S:
+        headers["Retry-After"] = str(RETRY_AFTER_S[problem.status])
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        status_code=problem.status,
+        media_type=PROBLEM,
+        headers=headers,
+    )
 
 
 def _digest(key: str) -> str:

@@ -17,24 +17,29 @@ from mm_model.api import (
     MANIFEST,
     PNG,
     SCENE_FILE,
+    SIDECAR,
     TIFF,
     VECTOR_FILE,
     ZIP,
+    AlignedManifest,
     Manifest,
     ManifestFile,
+    Origin,
     Provenance,
     Record,
     SceneOrigin,
     SceneVector,
 )
-from mm_model.data import raster
+from mm_model.data import georeference, raster
+from mm_model.data.sidecar import sidecar
+from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.pictures import to_rgb
-from mm_model.serving.requests import Embedding, Result
+from mm_model.serving.requests import Aligned, Embedding, Result
 
 _GAP_PX = 4
 # The same answer has the same bytes whenever it is made.
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,45 @@ def answer(
     modalities: Mapping[str, Modality],
     provenance: Provenance,
     *,
-    picture: bool = False,
+    media_type: str = TIFF,
 ) -> Answer:
-    """A GeoTIFF for one target and one sample, a zip for more, a PNG if a picture is wanted."""
-    if picture:
+    """A GeoTIFF for one target and one sample, a zip for more or where one is wanted; or a PNG."""
+    if media_type == PNG:
         return Answer(_picture(result, modalities), PNG, "generated.png")
     tiffs = geotiffs(result, modalities, provenance)
-    if len(tiffs) == 1:
+    if len(tiffs) == 1 and media_type == TIFF:
         ((file, content),) = tiffs.items()
         return Answer(content, TIFF, file.name)
-    return Answer(_zip(_with_manifest(result, tiffs, provenance)), ZIP, "generated.zip")
+    files = _with_manifest(result, tiffs, provenance) | _sidecars(tiffs, modalities)
+    return Answer(_zip(files), ZIP, "generated.zip")
+
+
+def aligned_answer(aligned: Aligned, modalities: Mapping[str, Modality], origin: Origin) -> Answer:
+    """The observed layers as GeoTIFFs on their one grid, and a manifest that places it."""
+    grid = aligned.grid
+    manifest = AlignedManifest(
+        origin=origin,
+        crs=grid.crs,
+        transform=grid.transform,
+        height=grid.height,
+        width=grid.width,
+        corners_lonlat=_corners_lonlat(grid),
+    )
+    layers = {
+        f"{name}.tif": _written(values, valid, grid, modalities[name], origin.tags())
+        for name, (values, valid) in aligned.observed.items()
+    }
+    return Answer(_zip({MANIFEST: encode_record(manifest), **layers}), ZIP, "aligned.zip")
+
+
+def _corners_lonlat(grid: Grid) -> tuple[tuple[float, float], ...] | None:
+    """None where the grid lies nowhere on Earth, or beyond what its system can express."""
+    if georeference.latitude_deg(grid) is None:
+        return None
+    corners = ((0, 0), (0, grid.width), (grid.height, grid.width), (grid.height, 0))
+    xs, ys = zip(*(grid.xy(row, col) for row, col in corners), strict=True)
+    found = georeference.to_lonlat(grid.crs, xs, ys)
+    return tuple((lon, lat) for lon, lat in found.tolist()) if np.isfinite(found).all() else None
 
 
 def embedding_answer(embedding: Embedding, origin: SceneOrigin, media_type: str) -> Answer:
@@ -97,6 +131,7 @@ def write_answer(
 ) -> list[Path]:
     """Write the GeoTIFFs below a folder, which is made; returns their paths."""
     tiffs = geotiffs(result, modalities, provenance)
+    _write(_sidecars(tiffs, modalities), folder)
     return _write({file.name: content for file, content in tiffs.items()}, folder)
 
 
@@ -128,18 +163,22 @@ def _scene(embedding: Embedding, origin: SceneOrigin) -> bytes:
 
 
 def _vector(embedding: Embedding, origin: SceneOrigin) -> bytes:
-    return _json(SceneVector(**dict(origin), vector=tuple(embedding.vector.tolist())))
+    return encode_record(SceneVector(**dict(origin), vector=tuple(embedding.vector.tolist())))
 
 
 def _geotiff(result: Result, modality: Modality, k: int, provenance: Provenance) -> bytes:
-    content = raster.write_geotiff(
-        None,
-        result.values[modality.name][k],
-        result.valid,
-        result.grid,
-        modality,
-        tags={**provenance.tags(), "MM_SAMPLE": str(k)},
-    )
+    tags = {**provenance.tags(), "MM_SAMPLE": str(k)}
+    return _written(result.values[modality.name][k], result.valid, result.grid, modality, tags)
+
+
+def _written(
+    values: NDArray[np.generic],
+    valid: NDArray[np.bool_],
+    grid: Grid,
+    modality: Modality,
+    tags: Mapping[str, str],
+) -> bytes:
+    content = raster.write_geotiff(None, values, valid, grid, modality, tags=tags)
     assert content is not None  # no path was given
     return content
 
@@ -155,18 +194,25 @@ def _with_manifest(
         width=result.grid.width,
         files=tuple(tiffs),
     )
-    return {MANIFEST: _json(manifest), **{file.name: c for file, c in tiffs.items()}}
+    return {MANIFEST: encode_record(manifest), **{file.name: c for file, c in tiffs.items()}}
+
+
+def _sidecars(
+    tiffs: Mapping[ManifestFile, bytes], modalities: Mapping[str, Modality]
+) -> dict[str, bytes]:
+    made = {file.name + SIDECAR: sidecar(modalities[file.modality]) for file in tiffs}
+    return {name: content for name, content in made.items() if content is not None}
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:  # stored: the GeoTIFFs are compressed already
         for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
+            archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
     return buffer.getvalue()
 
 
-def _json(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     return (record.model_dump_json(indent=2) + "\n").encode()
 
 

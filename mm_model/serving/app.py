@@ -1,16 +1,16 @@
-"""The HTTP interface; the only module that knows FastAPI."""
+"""The HTTP interface; this module and the jobs' routes know FastAPI."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from opentelemetry.trace import Tracer
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -19,12 +19,12 @@ from mm_model.api import (
     JSON,
     PNG,
     PROBLEM,
+    REQUEST_ID,
     RETRY_AFTER_S,
     TIFF,
     ZIP,
     Health,
     Limits,
-    ModalityInfo,
     ModalityList,
     ModelInfo,
     Origin,
@@ -38,35 +38,58 @@ from mm_model.api import (
 from mm_model.config import ServeConfig
 from mm_model.errors import (
     DeadlineError,
-    MediaTypeError,
     MMError,
     NotReadyError,
     OverloadedError,
-    TooLargeError,
 )
-from mm_model.serving import metrics, openapi, page
-from mm_model.serving.access import Guard, Keys
-from mm_model.serving.answers import Answer, answer, embedding_answer, wanted_type
+from mm_model.serving import legends, metrics, openapi, page, web
+from mm_model.serving.access import SECURITY_HEADERS, Guard, Keys
+from mm_model.serving.answers import Answer, aligned_answer, answer, embedding_answer, wanted_type
 from mm_model.serving.batching import Batcher, ModelSource, Served
 from mm_model.serving.decoders import DecoderPool, shared_pool
+from mm_model.serving.forms import limited_form
+from mm_model.serving.front import Front, request_id_of
+from mm_model.serving.jobs.routes import Jobs, JobsPlace
+from mm_model.serving.presence import while_present
 from mm_model.serving.requests import Aligned, Prepared
-from mm_model.serving.uploads import Part, read_embed_request, read_request
+from mm_model.serving.scene_answers import answer_scene
+from mm_model.serving.uploads import (
+    FIELDS,
+    FILL_FIELDS,
+    Part,
+    read_embed_request,
+    read_request,
+    wants_uncertainty,
+)
+from mm_model.serving.watch import TRACER, Watch, watched
 
-_Answering = Callable[[Request, Served], Awaitable[Response]]
+_Answering = Callable[[Request, Served, Watch], Awaitable[Response]]
 
-# What a text field of a form may hold at most; a long WKT has some 10 kB.
-_MAX_FIELD_BYTES = 64 * 1024
-_MAX_PARTS = 64
+_A = TypeVar("_A", bound=Aligned)
 
 
 def build_app(
-    source: ModelSource, config: ServeConfig, keys: Keys = MappingProxyType({})
+    source: ModelSource,
+    config: ServeConfig,
+    keys: Keys = MappingProxyType({}),
+    jobs: JobsPlace | None = None,
+    *,
+    counted: metrics.Metrics | None = None,
+    gather: metrics.Gather | None = None,
+    tracer: Tracer = TRACER,
 ) -> FastAPI:
     """The endpoint over a source of models, with the limits of the configuration.
 
-    Where there are keys, it answers nobody else; see `access`.
+    Args:
+        source: says which model serves.
+        config: limits.
+        keys: where there are any, it answers nobody else; see `access`.
+        jobs: where they are kept; it takes none, without.
+        counted: where it counts; of its own, without.
+        gather: asks all replicas for what they have counted; it is alone, without.
+        tracer: where spans go.
     """
-    endpoint = _Endpoint(source, config)
+    endpoint = _Endpoint(source, config, jobs, counted or metrics.Metrics(), gather, tracer)
     app = FastAPI(
         lifespan=endpoint.lifespan,
         title="mm-model",
@@ -79,9 +102,14 @@ def build_app(
     app.post("/v1/generate", response_class=Response, **openapi.generate_operation(config))(
         endpoint.generate
     )
+    app.post("/v1/fill", response_class=Response, **openapi.fill_operation(config))(endpoint.fill)
     app.post("/v1/embed", response_class=Response, **openapi.embed_operation(config))(
         endpoint.embed
     )
+    app.post("/v1/align", response_class=Response, **openapi.align_operation(config))(
+        endpoint.align
+    )
+    endpoint.jobs.add_routes(app, config)
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -95,7 +123,7 @@ def build_app(
     )
     app.get(
         "/metrics",
-        summary="Counters, for Prometheus",
+        summary="Counters of all replicas, for Prometheus",
         operation_id="metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
@@ -105,22 +133,39 @@ def build_app(
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()))
 
-    app.add_middleware(Guard, keys=keys)
-    app.add_exception_handler(MMError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
+    web.mount(app)
+    app.add_middleware(
+        Guard, keys=keys, max_per_key=config.max_per_key, on_refused=endpoint.count_refused
+    )
+    app.add_middleware(Front)
+    app.add_exception_handler(MMError, endpoint.on_error)
+    app.add_exception_handler(HTTPException, endpoint.on_http_error)
+    app.add_exception_handler(Exception, endpoint.on_bug)
     return app
 
 
 class _Endpoint:
     """The operations, over one source and one queue."""
 
-    def __init__(self, source: ModelSource, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        config: ServeConfig,
+        jobs: JobsPlace | None,
+        counted: metrics.Metrics,
+        gather: metrics.Gather | None,
+        tracer: Tracer,
+    ) -> None:
         self._source = source
+        self.jobs = Jobs(jobs, source, config, self._served)
         self._decoders = shared_pool(config.max_side_px)
-        self._metrics = metrics.Metrics()
+        self._metrics, self._gather, self._tracer = counted, gather, tracer
+        counted.decoders_replaced.set_function(lambda: self._decoders.replaced)
         self._batcher = Batcher(
-            config.max_batch, config.batch_wait_ms / 1000, self._metrics.batch_size.observe
+            config.max_batch,
+            config.batch_wait_ms / 1000,
+            counted.batch_size.observe,
+            counted.queued.set,
         )
         self._in_progress = 0
         self._limits = Limits(
@@ -133,11 +178,13 @@ class _Endpoint:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Decoders are warm before the first request."""
+        """Decoders are warm before the first request, and jobs of before go on."""
         self._decoders.start()
+        self.jobs.start()
         try:
             yield
         finally:
+            await asyncio.to_thread(self.jobs.close)
             self._decoders.close()
 
     async def generate(self, request: Request) -> Response:
@@ -146,28 +193,38 @@ class _Endpoint:
     async def embed(self, request: Request) -> Response:
         return await self._count("embed", request, self._embed)
 
-    async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
-        began, status = time.perf_counter(), 500
-        try:
-            response = await self._admit(request, answering)
-            status = response.status_code
-            return response
-        except MMError as error:
-            status = problem_of(error).status
-            raise
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        except asyncio.CancelledError:
-            status = 499  # the caller left; nginx's number for it
-            raise
-        finally:
-            self._metrics.requests.labels(operation, status).inc()
-            self._metrics.seconds.labels(operation).observe(time.perf_counter() - began)
+    async def align(self, request: Request) -> Response:
+        return await self._count("align", request, self._align)
 
-    async def _admit(self, request: Request, answering: _Answering) -> Response:
+    async def fill(self, request: Request) -> Response:
+        return await self._count("fill", request, self._fill)
+
+    async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
+        facts = {"request_id": request_id_of(request.scope)}
+        with watched(operation, request.headers, self._metrics, self._tracer, **facts) as watch:
+            status = 500
+            try:
+                response = await self._admit(request, answering, watch)
+                status = response.status_code
+                return response
+            except MMError as error:
+                status = problem_of(error).status
+                watch.note(problem=error.code)
+                raise
+            except HTTPException as error:
+                status = error.status_code
+                raise
+            except asyncio.CancelledError:
+                status = 499  # the caller left; nginx's number for it
+                raise
+            finally:
+                watch.answered(status)
+
+    async def _admit(self, request: Request, answering: _Answering, watch: Watch) -> Response:
         """Answer if there is room, all within the deadline."""
         served = self._served()
+        watch.version = served.identity.version
+        watch.note(model=served.identity.name, model_version=served.identity.version)
         if self._in_progress >= self._limits.max_queued:
             raise OverloadedError(
                 "too many requests are in progress",
@@ -179,7 +236,7 @@ class _Endpoint:
         self._metrics.in_progress.inc()
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                return await answering(request, served)
+                return await answering(request, served, watch)
         except TimeoutError:
             raise DeadlineError(
                 "the answer took too long",
@@ -190,11 +247,16 @@ class _Endpoint:
             self._in_progress -= 1
             self._metrics.in_progress.dec()
 
-    async def _generate(self, request: Request, served: Served) -> Response:
-        parts = await _read_parts(request, self._limits.max_body_bytes)
-        prepared = await asyncio.to_thread(_prepare, parts, served, self._decoders)
-        del parts
-        result = await self._batcher.submit(served.generator.sample, prepared)
+    async def _generate(self, request: Request, served: Served, watch: Watch) -> Response:
+        parts = await self._read(request, watch)
+        if wants_uncertainty(parts):
+            return await self._whole(request, served, parts, FIELDS)
+        prepared = await self._prepared(parts, served, watch, _prepare)
+        watch.note(samples=prepared.samples, steps=prepared.steps)
+        sampling = self._batcher.submit(served.generator.sample, prepared, watch.took)
+        result = await while_present(request, sampling)
+        for name, values in result.values.items():
+            self._metrics.pixels.labels(name).inc(len(values) * prepared.valid.size)
         provenance = Provenance(
             **_origin(served, prepared),
             targets=prepared.targets,
@@ -202,25 +264,67 @@ class _Endpoint:
             seed=prepared.seed,
             steps=prepared.steps,
         )
-        made = await asyncio.to_thread(
-            answer,
-            result,
-            served.generator.modalities,
-            provenance,
-            picture=_wanted(request, TIFF, ZIP, PNG) == PNG,
+        with watch.stage("write"):
+            made = await asyncio.to_thread(
+                answer,
+                result,
+                served.generator.modalities,
+                provenance,
+                media_type=_wanted(request, TIFF, ZIP, PNG),
+            )
+        return _response(made, provenance)
+
+    async def _fill(self, request: Request, served: Served, watch: Watch) -> Response:
+        return await self._whole(request, served, await self._read(request, watch), FILL_FIELDS)
+
+    async def _whole(
+        self, request: Request, served: Served, parts: list[Part], fields: Mapping[str, str]
+    ) -> Response:
+        made, provenance = await while_present(
+            request, answer_scene(parts, fields, served, self._decoders, self._batcher)
         )
         return _response(made, provenance)
 
-    async def _embed(self, request: Request, served: Served) -> Response:
-        parts = await _read_parts(request, self._limits.max_body_bytes)
-        prepared = await asyncio.to_thread(_prepare_embedding, parts, served, self._decoders)
-        del parts
-        embedding = await self._batcher.submit(served.generator.scenes, prepared)
+    async def _embed(self, request: Request, served: Served, watch: Watch) -> Response:
+        parts = await self._read(request, watch)
+        prepared = await self._prepared(parts, served, watch, _prepare_embedding)
+        embedding = await while_present(
+            request, self._batcher.submit(served.generator.scenes, prepared, watch.took)
+        )
         origin = SceneOrigin(
             **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
         )
         media_type = _wanted(request, TIFF, JSON, ZIP)
-        made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
+        with watch.stage("write"):
+            made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
+        return _response(made, origin)
+
+    async def _read(self, request: Request, watch: Watch) -> list[Part]:
+        with watch.stage("read"):
+            return await _read_parts(request, self._limits.max_body_bytes)
+
+    async def _prepared(
+        self,
+        parts: list[Part],
+        served: Served,
+        watch: Watch,
+        prepare: Callable[[list[Part], Served, DecoderPool], _A],
+    ) -> _A:
+        """A form's layers, decoded and aligned."""
+        with watch.stage("decode"):
+            prepared = await asyncio.to_thread(prepare, parts, served, self._decoders)
+            await asyncio.to_thread(self._metrics.see_input, served.generator, prepared.observed)
+        height, width = prepared.grid.shape
+        watch.note(height_px=height, width_px=width, observed=len(prepared.observed))
+        return prepared
+
+    async def _align(self, request: Request, served: Served, watch: Watch) -> Response:
+        parts = await self._read(request, watch)
+        aligned = await self._prepared(parts, served, watch, _prepare_embedding)
+        origin = Origin(**_origin(served, aligned))
+        modalities = served.generator.modalities
+        with watch.stage("write"):
+            made = await asyncio.to_thread(aligned_answer, aligned, modalities, origin)
         return _response(made, origin)
 
     async def model(self) -> ModelInfo:
@@ -235,7 +339,7 @@ class _Endpoint:
 
     async def modalities(self) -> ModalityList:
         known = self._served().generator.modalities.values()
-        return ModalityList(modalities=tuple(ModalityInfo.of(modality) for modality in known))
+        return legends.modality_list(known)
 
     async def healthz(self) -> Health:
         return Health()
@@ -244,7 +348,44 @@ class _Endpoint:
         return Health(model_version=self._served().identity.version)
 
     async def metrics_page(self) -> Response:
-        return Response(self._metrics.page(self._source), media_type=metrics.CONTENT_TYPE)
+        replicas = (
+            await self._gather() if self._gather else {"": self._metrics.snapshot(self._source)}
+        )
+        return Response(metrics.page(replicas), media_type=metrics.CONTENT_TYPE)
+
+    def count_refused(self, code: str) -> None:
+        self._metrics.refused.labels(code).inc()
+
+    async def on_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, MMError)
+        return self._problem_response(problem_of(error, request_id_of(request.scope)))
+
+    async def on_http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        request_id = request_id_of(request.scope)
+        response = self._problem_response(
+            http_problem(error.status_code, str(error.detail), request_id)
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_bug(self, request: Request, error: Exception) -> Response:
+        # The trace goes to the log, not to the caller. No middleware sees this answer.
+        request_id = request_id_of(request.scope)
+        what = f"internal error ({type(error).__name__})"
+        response = self._problem_response(http_problem(500, what, request_id))
+        response.headers.update({**SECURITY_HEADERS, REQUEST_ID: request_id})
+        return response
+
+    def _problem_response(self, problem: Problem) -> Response:
+        self.count_refused(problem.code)
+        retry = RETRY_AFTER_S.get(problem.status)
+        return JSONResponse(
+            problem.model_dump(exclude_none=True),
+            status_code=problem.status,
+            media_type=PROBLEM,
+            headers={"Retry-After": str(retry)} if retry else None,
+        )
 
     def _served(self) -> Served:
         served = self._source.served
@@ -293,72 +434,8 @@ def _response(made: Answer, origin: Origin) -> Response:
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[Part]:
-    """The parts of a multipart form, its size checked before and while it is read."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise MediaTypeError(
-            "body",
-            got=media_type[:80] or "no Content-Type",
-            allowed="multipart/form-data",
-            remedy="send it with curl -F",
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(declared, max_bytes)
-    limited = _LimitedReceive(request, max_bytes)
-    async with Request(request.scope, limited).form(
-        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
-    ) as form:
+    async with limited_form(request, max_bytes) as form:
         return [
             Part(name, await value.read() if isinstance(value, UploadFile) else value)
             for name, value in form.multi_items()
         ]
-
-
-class _LimitedReceive:
-    """ASGI's receive, which stops at the first byte over a limit."""
-
-    def __init__(self, request: Request, max_bytes: int) -> None:
-        self._receive = request.receive
-        self._max_bytes = max_bytes
-        self._got = 0
-
-    async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
-        self._got += len(message.get("body", b""))
-        if self._got > self._max_bytes:
-            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
-        return message
-
-
-def _too_large(got: str, max_bytes: int) -> TooLargeError:
-    return TooLargeError(
-        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
-    )
-
-
-async def _on_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, MMError)
-    return _problem_response(problem_of(error))
-
-
-async def _on_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    response = _problem_response(http_problem(error.status_code, str(error.detail)))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_bug(_: Request, error: Exception) -> Response:
-    # The trace goes to the log, not to the caller.
-    return _problem_response(http_problem(500, f"internal error ({type(error).__name__})"))
-
-
-def _problem_response(problem: Problem) -> Response:
-    retry = RETRY_AFTER_S.get(problem.status)
-    return JSONResponse(
-        problem.model_dump(exclude_none=True),
-        status_code=problem.status,
-        media_type=PROBLEM,
-        headers={"Retry-After": str(retry)} if retry else None,
-    )

@@ -8,17 +8,30 @@ and a caller who left takes no part.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from mm_model.api import ModelIdentity, Refusal
 from mm_model.serving.generator import Check, Generator
-from mm_model.serving.requests import Aligned
 
-A = TypeVar("A", bound=Aligned)
+
+class Batched(Protocol):
+    """Something to be worked off."""
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Those with equal keys may share a batch."""
+        ...
+
+
+A = TypeVar("A", bound=Batched)
 T = TypeVar("T")
+
+Took = Callable[[str, float, float], object]
+"""Told of a stage of a request: its name, its begin and its end, by `time.perf_counter`."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,10 @@ class FixedModel:
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     work: Callable[[Sequence[Any], Check], Sequence[Any]]
-    request: Aligned
+    request: Batched
     answer: asyncio.Future[Any]
+    took: Took
+    since: float
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -76,27 +91,40 @@ class Batcher:
         max_batch: most requests of a batch.
         wait_s: how long the first of a batch waits for companions.
         on_batch: told the size of each batch.
+        on_queue: told how many wait, whenever that changes.
     """
 
     def __init__(
-        self, max_batch: int, wait_s: float, on_batch: Callable[[int], object] = lambda _: None
+        self,
+        max_batch: int,
+        wait_s: float,
+        on_batch: Callable[[int], object] = lambda _: None,
+        on_queue: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._max_batch = max_batch
         self._wait_s = wait_s
         self._on_batch = on_batch
+        self._on_queue = on_queue
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
-    async def submit(self, work: Callable[[Sequence[A], Check], Sequence[T]], request: A) -> T:
+    async def submit(
+        self,
+        work: Callable[[Sequence[A], Check], Sequence[T]],
+        request: A,
+        took: Took = lambda *_: None,
+    ) -> T:
         """The request's result; cancelling this call takes it out of the queue.
 
         Args:
             work: a generator's method, which answers a batch of such requests; it calls what it
                 gets as second argument now and then, and lets pass what that raises.
             request: waits for companions with the same `work` and `batch_key`.
+            took: told how long it waited ("queue") and was worked on ("sample").
         """
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(work, request, answer))
+        self._waiting.append(_Waiting(work, request, answer, took, time.perf_counter()))
+        self._on_queue(len(self._waiting))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await answer
@@ -106,9 +134,13 @@ class Batcher:
             if len(self._waiting) < self._max_batch:
                 await asyncio.sleep(self._wait_s)
             batch = self._take()
+            self._on_queue(len(self._waiting))
             if not batch:
                 continue
             self._on_batch(len(batch))
+            began = time.perf_counter()
+            for item in batch:
+                item.took("queue", item.since, began)
             try:
                 results = await asyncio.to_thread(_answer, batch)
             except Exception as error:  # whatever it is, it is the callers' to know
@@ -116,7 +148,9 @@ class Batcher:
                     if not item.answer.done():
                         item.answer.set_exception(error)
             else:
+                ended = time.perf_counter()
                 for item, result in zip(batch, results, strict=True):
+                    item.took("sample", began, ended)
                     if not item.answer.done():
                         item.answer.set_result(result)
 

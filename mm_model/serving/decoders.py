@@ -19,7 +19,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import IO, Annotated, Any, Protocol
+from pathlib import Path
+from typing import IO, Annotated, Any, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -42,6 +43,9 @@ CPU_S = 10
 """Processor time for all files of a request; the largest lawful ones take less than one second."""
 WALL_S = 20.0
 """Time for all files of a request; the machine may be busy."""
+
+FILE_MEMORY_BYTES = 1536 * 2**20
+"""Room to decode a file of any size: blocks of some rows, in float64."""
 
 _START_S = 60.0
 _SESSIONS = 500  # of one process: memory that leaks, and whoever has got in, go with it
@@ -120,12 +124,19 @@ class _EndedError(Exception):
 class _Worker:
     """One process, and the pipes to it; for one thread at a time."""
 
-    def __init__(self, memory_bytes: int, cpu_s: int) -> None:
+    def __init__(self, memory_bytes: int, cpu_s: int, file: IO[bytes] | None = None) -> None:
+        handed = () if file is None else (file.fileno(),)
         # Nothing of the environment that is not needed: it holds the platform's secrets.
         kept = {name: os.environ[name] for name in _HERE if name in os.environ}
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mm_model.data.decoder", str(memory_bytes), str(cpu_s)],
+            [
+                sys.executable,
+                "-m",
+                "mm_model.data.decoder",
+                *map(str, (memory_bytes, cpu_s, *handed)),
+            ],
+            pass_fds=handed,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libtiff would repeat what the file says
@@ -152,8 +163,12 @@ class _Worker:
         self._is_killed = True
         self._process.kill()
 
-    def begin(self) -> None:
-        """Be ready for a request: forget the one before. Raises ServiceError if it cannot start."""
+    def begin(self, forget: bool = True) -> None:
+        """Be ready for a request: forget the one before, and have its time.
+
+        Raises:
+            ServiceError: it cannot start.
+        """
         if not self._is_ready:
             try:
                 with self.at_most(_START_S):
@@ -161,7 +176,7 @@ class _Worker:
             except _EndedError:
                 raise ServiceError("no decoder starts", got=self.end()) from None
         self.sessions += 1
-        self._send({"do": "begin"})
+        self._send({"do": "begin", "forget": forget})
 
     @contextmanager
     def at_most(self, seconds: float) -> Iterator[None]:
@@ -176,6 +191,7 @@ class _Worker:
             timer.join()
 
     def header(self, content: bytes, name: str) -> raster.RasterHeader:
+        """Of a file's bytes; of the open one that was handed over, if there is one."""
         self._send({"do": "header", "name": name, "bytes": len(content)}, content)
         header = self._reply().header
         if header is None or not header.band_names:
@@ -191,14 +207,16 @@ class _Worker:
         name: str,
         header: raster.RasterHeader,
         bands: Sequence[str] | None,
+        window: tuple[int, int, int, int] | None = None,
     ) -> raster.Raster:
         numbers = raster.band_numbers(header, bands, name)
-        self._send({"do": "pixels", "name": name, "bands": bands})
+        shape = header.grid.shape if window is None else window[2:]
+        self._send({"do": "pixels", "name": name, "bands": bands, "window": window})
         reply = self._reply()
-        if reply.dtype is None or reply.shape != (len(numbers), *header.grid.shape):
+        if reply.dtype is None or reply.shape != (len(numbers), *shape):
             raise _EndedError
         values = np.empty(reply.shape, reply.dtype)
-        known = np.empty(header.grid.shape, np.uint8)
+        known = np.empty(shape, np.uint8)
         self._fill(values)
         self._fill(known)
         scales = tuple(header.scales[n - 1] for n in numbers)
@@ -248,6 +266,82 @@ class _Worker:
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
+class FileDecoder:
+    """Reads one file of any size, strip by strip, in a process of its own.
+
+    Args:
+        path: of the file, which may come from anybody.
+        name: what errors call it.
+        memory_bytes: by which the process may grow.
+        cpu_s: processor time for a strip.
+        wall_s: time for a strip.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        memory_bytes: int = FILE_MEMORY_BYTES,
+        cpu_s: int = CPU_S,
+        wall_s: float = WALL_S,
+    ) -> None:
+        self._name, self._wall_s, self._cpu_s = name, wall_s, cpu_s
+        self._memory_bytes = memory_bytes
+        with path.open("rb") as file:
+            self._worker = _Worker(memory_bytes, cpu_s, file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.kill()
+        self._worker.end()
+
+    def header(self) -> raster.RasterHeader:
+        """The file's header; raises as `pixels` does."""
+        with self._limited():
+            return self._worker.header(b"", self._name)
+
+    def pixels(
+        self,
+        header: raster.RasterHeader,
+        bands: Sequence[str] | None,
+        window: tuple[int, int, int, int],
+    ) -> raster.Raster:
+        """A window (row, column, height, width) of the bands.
+
+        Raises:
+            RasterError: the file is not whole.
+            MediaTypeError: the process died of it, or was killed since it took too long.
+        """
+        with self._limited():
+            return self._worker.pixels(b"", self._name, header, bands, window)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        try:
+            self._worker.begin(forget=False)
+            with self._worker.at_most(self._wall_s):
+                yield
+        except _EndedError:
+            raise _undecodable(
+                self._name, self._worker.end(), self._cpu_s, self._wall_s, self._memory_bytes
+            ) from None
+
+
+def _undecodable(
+    what: str, how: str, cpu_s: int, wall_s: float, memory_bytes: int
+) -> MediaTypeError:
+    return MediaTypeError(
+        f"{what} cannot be decoded",
+        got=f"a decoder that ended ({how})",
+        allowed=f"files that decode within {cpu_s} s of processor time, "
+        f"{wall_s:g} s and {math.ceil(memory_bytes / 2**20)} MiB",
+        remedy="write them anew with gdal_translate -of GTiff -co TILED=YES",
+    )
+
+
 class DecoderPool:
     """Warm decoders for one request each.
 
@@ -295,12 +389,8 @@ class DecoderPool:
                 yield worker
         except _EndedError:
             how = self._replace(worker)
-            raise MediaTypeError(
-                "a part cannot be decoded",
-                got=f"a decoder that ended ({how})",
-                allowed=f"files that decode within {self._cpu_s} s of processor time, "
-                f"{self._wall_s:g} s and {math.ceil(self._memory_bytes / 2**20)} MiB",
-                remedy="write them anew with gdal_translate -of GTiff -co TILED=YES",
+            raise _undecodable(
+                "a part", how, self._cpu_s, self._wall_s, self._memory_bytes
             ) from None
         except MMError:
             is_clean = True  # it, or the check of what it said, refused the file

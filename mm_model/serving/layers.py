@@ -16,6 +16,7 @@ from mm_model.modalities import Modality, Quantity
 
 # A median says something about the unit only where enough pixels stand behind it.
 _MEDIAN_NEEDS_PIXELS = 256
+_RAISED_DN = 1000  # that no digital number falls below where an offset was added
 _LATTICE = 17  # points a side
 _COUNTABLE_PX = 2**53  # float64 knows no odd numbers beyond
 _EARTH_RADIUS_M = 6_371_000.0
@@ -124,9 +125,11 @@ def _remedy(modality: Modality, least: float, most: float, median: float) -> str
         return "infinite values: write them as nodata"
     match modality.quantity:
         case Quantity.REFLECTANCE if median > modality.quantity.traits.plausible_median[1]:
+            # Since processing baseline 04.00 Sentinel-2's numbers stand 1000 above zero.
+            offset = "-0.1" if least >= _RAISED_DN else "0"
             return (
-                "looks like digital numbers: add the product's offset and divide by its scale "
-                "(10000 for Sentinel-2)"
+                "looks like digital numbers: declare their scale in the file, as "
+                f"gdal_edit.py -scale 0.0001 -offset {offset} does for such Sentinel-2"
             )
         case Quantity.REFLECTANCE if least < low and most <= high:
             return "negative reflectance: clip it to 0, or write it as nodata"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_model.api import (
@@ -21,7 +21,7 @@ from mm_model.conditions import RANGES
 from mm_model.config import ServeConfig
 from mm_model.modalities import MODALITIES
 from mm_model.serving.generator import MAX_SEED
-from mm_model.serving.uploads import CONDITION_FIELDS, FIELDS
+from mm_model.serving.uploads import CONDITION_FIELDS, FIELDS, FILL_FIELDS
 
 DESCRIPTION = """
 Any Earth-observation modality from any others: send what was observed as GeoTIFFs, name what you \
@@ -44,6 +44,15 @@ One target and one sample come as a GeoTIFF, more as a zip of GeoTIFFs with a `m
 `X-Observed`, `X-Conditions`, `X-Targets`, `X-Samples`, `X-Seed` and `X-Steps` say how it was made.
 """
 )
+_FILL = (
+    _LAYERS
+    + """the one that `fill` names is completed on its own grid: observed pixels stay \
+untouched, its holes are generated, guided by its own pixels and by the other layers. Its last \
+band, `generated`, is 1 where a pixel was generated.
+
+One sample comes as a GeoTIFF, more as a zip with a `manifest.json`.
+"""
+)
 _EMBED = (
     _LAYERS
     + """their expected scene has a cell for 8 x 8 pixels of the finest one's grid.
@@ -51,6 +60,13 @@ _EMBED = (
 The scene comes as a GeoTIFF, a band a channel; `Accept: application/json` gets one vector of the \
 whole, `Accept: application/zip` both. The headers `X-Model-Name`, `X-Model-Version`, `X-Run-Id`, \
 `X-Bundle-Id`, `X-Observed` and `X-Conditions` say how it was made.
+"""
+)
+_ALIGN = (
+    _LAYERS
+    + """they come back as a zip of GeoTIFFs on the grid of the finest one, in physical units, \
+with a `manifest.json` that says where it lies. Nothing is generated: it shows what `/v1/generate` \
+would take from these files, and refuses what that would refuse.
 """
 )
 
@@ -63,7 +79,19 @@ def generate_operation(config: ServeConfig) -> dict[str, Any]:
         "description": _GENERATE.strip(),
         "operation_id": "generate",
         "responses": _responses({"description": "What was generated", "content": media}),
-        "openapi_extra": {"requestBody": _request_body(config, FIELDS)},
+        "openapi_extra": {"requestBody": request_body(config, FIELDS)},
+    }
+
+
+def fill_operation(config: ServeConfig) -> dict[str, Any]:
+    """POST /v1/fill, as FastAPI takes it."""
+    media: dict[str, Any] = {media_type: {"schema": {}} for media_type in (TIFF, ZIP)}
+    return {
+        "summary": "Fill the holes of a layer",
+        "description": _FILL.strip(),
+        "operation_id": "fill",
+        "responses": _responses({"description": "The whole layer", "content": media}),
+        "openapi_extra": {"requestBody": request_body(config, FILL_FIELDS, ("fill",))},
     }
 
 
@@ -77,7 +105,19 @@ def embed_operation(config: ServeConfig) -> dict[str, Any]:
         "description": _EMBED.strip(),
         "operation_id": "embed",
         "responses": _responses(found),
-        "openapi_extra": {"requestBody": _request_body(config, CONDITION_FIELDS)},
+        "openapi_extra": {"requestBody": request_body(config, CONDITION_FIELDS)},
+    }
+
+
+def align_operation(config: ServeConfig) -> dict[str, Any]:
+    """POST /v1/align, as FastAPI takes it."""
+    found = {"description": "The layers on one grid", "content": {ZIP: {"schema": {}}}}
+    return {
+        "summary": "See what was observed as the model sees it",
+        "description": _ALIGN.strip(),
+        "operation_id": "align",
+        "responses": _responses(found),
+        "openapi_extra": {"requestBody": request_body(config, CONDITION_FIELDS)},
     }
 
 
@@ -86,6 +126,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     meaning = {
         400: "The form is malformed",
         401: "The endpoint asks for an API key, and there is none that it knows",
+        404: "There is no such job, or it is another key's",
+        409: "The job is not done",
         403: "The API key has another scope",
         413: "An upload, an image side or the body is over its limit",
         415: "The body is no form, or a part is no whole GeoTIFF",
@@ -109,7 +151,9 @@ def _responses(found: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     return {200: found, **problems(400, 401, 403, 413, 415, 422, 429, 503, 504)}
 
 
-def _request_body(config: ServeConfig, fields: Mapping[str, str]) -> dict[str, Any]:
+def request_body(
+    config: ServeConfig, fields: Mapping[str, str], required: Sequence[str] = ()
+) -> dict[str, Any]:
     """The form: a file for each declared modality, and the fields."""
     properties: dict[str, Any] = {
         modality.name: {
@@ -124,6 +168,8 @@ def _request_body(config: ServeConfig, fields: Mapping[str, str]) -> dict[str, A
     for name, meaning in fields.items():
         properties[name] = {**kinds.get(name, {"type": "string"}), "description": meaning}
     schema = {"type": "object", "additionalProperties": False, "properties": properties}
+    if required:
+        schema["required"] = list(required)
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
 
@@ -140,6 +186,8 @@ def _kinds(config: ServeConfig) -> dict[str, dict[str, Any]]:
     }
     return {
         "target": {"type": "array", "items": {"type": "string", "enum": list(MODALITIES)}},
+        "fill": {"type": "string", "enum": list(MODALITIES)},
+        "uncertainty": {"type": "boolean", "default": False},
         "samples": whole(1, config.max_samples, default=1),
         "seed": whole(0, MAX_SEED, default=0),
         "steps": whole(1, MAX_STEPS, default=DEFAULT_STEPS),

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.api import DEFAULT_STEPS
+from mm_model.api import DEFAULT_STEPS, MIN_SIDE_PX
 from mm_model.conditions import NOTHING, Conditions
+from mm_model.errors import RequestError
 from mm_model.geo.grid import Grid
 from mm_model.serving.layers import ObservedLayer
+
+if TYPE_CHECKING:
+    from mm_model.serving.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,65 @@ class Request:
     steps: int = DEFAULT_STEPS
     grid: Grid | None = None
     conditions: Conditions = NOTHING
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """What is observed, in files, and what is wanted.
+
+    Attributes:
+        observed: modality name → GeoTIFF, each on a grid of its own; may be empty.
+        targets: modalities to generate; empty: all that are not observed.
+        samples, seed, steps, grid, conditions: as in `Request`.
+        fill: a modality that is observed in parts, to be completed: the only target, on its own
+            grid, whose observed pixels stay untouched.
+        uncertainty: whether mean and spread of the samples are wanted, too.
+    """
+
+    observed: Mapping[str, Path] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    samples: int = 1
+    seed: int = 0
+    steps: int = DEFAULT_STEPS
+    grid: Grid | None = None
+    conditions: Conditions = NOTHING
+    fill: str | None = None
+    uncertainty: bool = False
+
+
+def check_request(asked: SceneRequest, generator: Generator) -> tuple[str, ...]:
+    """Check what can be said of a request without its files.
+
+    Returns:
+        The modalities to generate, in the model's order.
+
+    Raises:
+        RequestError: what is wrong; one of the subclasses where there is one.
+    """
+    if asked.uncertainty and asked.samples < 2:
+        raise RequestError(
+            "samples of an uncertainty",
+            got=asked.samples,
+            allowed="2 or more",
+            remedy="ask for more samples",
+        )
+    others, targets, grid = tuple(asked.observed), asked.targets, asked.grid
+    if asked.fill is not None:
+        if asked.fill not in asked.observed or targets or grid is not None:
+            raise RequestError(
+                "layer to fill",
+                got=asked.fill[:80],
+                allowed="one that is observed, without targets and grid",
+            )
+        others = tuple(name for name in others if name != asked.fill)
+        targets, grid = (asked.fill,), None if others else _OWN
+    return generator.check_form(
+        others, targets, grid, samples=asked.samples, seed=asked.seed, steps=asked.steps
+    )
+
+
+# Of a layer that is filled alone: its own grid is checked when it is read.
+_OWN = Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), MIN_SIDE_PX, MIN_SIDE_PX)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mm_model.api import DEFAULT_STEPS, ModelIdentity, Provenance
+from mm_model.api import ModelIdentity, Provenance
 from mm_model.codec import Codec
-from mm_model.conditions import NOTHING, Conditions
-from mm_model.data import raster
 from mm_model.data.circumstances import complete
+from mm_model.data.sidecar import sidecar
 from mm_model.data.strips import CogWriter, bounded_cache, strips
 from mm_model.errors import RequestError
 from mm_model.generative.noise import sample_seeds
 from mm_model.generative.plan import plan
 from mm_model.generative.rows import RowSampler
 from mm_model.generative.windows import Frame
-from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX
 from mm_model.serving.generator import Generator
 from mm_model.serving.observed import ModelRows, ObservedFiles, Pixels
+from mm_model.serving.requests import SceneRequest, check_request
 from mm_model.serving.uncertainty import Moments
 
 MAX_SIDE_PX = 1 << 20
@@ -42,30 +40,6 @@ GENERATED = "generated"
 
 Progress = Callable[[int, int], None]
 """Told of windows done, and of all; may raise to cancel."""
-
-
-@dataclass(frozen=True)
-class SceneRequest:
-    """What is observed, in files, and what is wanted.
-
-    Attributes:
-        observed: modality name → GeoTIFF, each on a grid of its own; may be empty.
-        targets: modalities to generate; empty: all that are not observed.
-        samples, seed, steps, grid, conditions: as in `serving.requests.Request`.
-        fill: a modality that is observed in parts, to be completed: the only target, on its own
-            grid, whose observed pixels stay untouched.
-        uncertainty: whether mean and spread of the samples are wanted, too.
-    """
-
-    observed: Mapping[str, Path] = field(default_factory=dict)
-    targets: tuple[str, ...] = ()
-    samples: int = 1
-    seed: int = 0
-    steps: int = DEFAULT_STEPS
-    grid: Grid | None = None
-    conditions: Conditions = NOTHING
-    fill: str | None = None
-    uncertainty: bool = False
 
 
 def write_scene(
@@ -101,13 +75,6 @@ class _Job:
         folder: Path,
         progress: Progress | None,
     ) -> None:
-        if request.uncertainty and request.samples < 2:
-            raise RequestError(
-                "samples of an uncertainty",
-                got=request.samples,
-                allowed="2 or more",
-                remedy="ask for more samples",
-            )
         self._request, self._folder, self._progress = request, folder, progress
         self._generator, self._codec = generator, generator.model.codec
         self._files = self._observe()
@@ -131,16 +98,7 @@ class _Job:
     def _observe(self) -> ObservedFiles | None:
         """Check the request, by names first, then by headers, then by pixels."""
         asked = self._request
-        others = tuple(n for n in asked.observed if n != asked.fill)
-        targets, grid = asked.targets, asked.grid
-        if asked.fill is not None:
-            if asked.fill not in asked.observed or targets:
-                raise RequestError("layer to fill", got=asked.fill, allowed="one that is observed")
-            targets = (asked.fill,)
-            grid = None if others else raster.read_header(asked.observed[asked.fill]).grid
-        self._targets = self._generator.check_form(
-            others, targets, grid, samples=asked.samples, seed=asked.seed, steps=asked.steps
-        )
+        self._targets = check_request(asked, self._generator)
         if not asked.observed:
             return None
         files = ObservedFiles(asked.observed, self._generator, onto=asked.fill)
@@ -242,6 +200,7 @@ class _Job:
                 "MM_SAMPLE": str(sample),
             },
             categorical=modality.is_categorical,
+            sidecar=sidecar(modality),
         )
 
     def _write_moments(self, found: Moments) -> Path:

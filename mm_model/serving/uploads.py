@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from mm_model.modalities import Modality
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
 from mm_model.serving.layers import ObservedLayer, bands_of, in_units
+from mm_model.serving.requests import SceneRequest, check_request
 
 CONDITION_FIELDS: Mapping[str, str] = {
     "date": "of the pictures, as YYYY-MM-DD; it tells the season and, with a latitude, the sun",
@@ -45,9 +47,18 @@ FIELDS: Mapping[str, str] = {
     "height": "rows to generate, where nothing is observed",
     "crs": "EPSG:<code> or WKT of what is generated, where nothing is observed",
     "transform": "a,b,c,d,e,f: x = a*col + b*row + c, y = d*col + e*row + f; goes with crs",
+    "uncertainty": "true: mean and spread of two samples or more, too, or probabilities of classes "
+    "and their entropy",
     **CONDITION_FIELDS,
 }
 """The form fields of a request to generate, and what they mean."""
+
+_FILL = {"fill": "the layer, among those that are sent, whose holes are generated"}
+_FILLED = ("samples", "seed", "steps", "uncertainty", *CONDITION_FIELDS)
+FILL_FIELDS: Mapping[str, str] = {**_FILL, **{name: FIELDS[name] for name in _FILLED}}
+"""The form fields of a request to fill, and what they mean."""
+JOB_FIELDS: Mapping[str, str] = {**FIELDS, **_FILL}
+"""The form fields of a job, which generates or fills."""
 
 # Classic TIFF and BigTIFF in both byte orders.
 _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -58,10 +69,10 @@ _NOWHERE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a multipart form: text of a field, or bytes of a file."""
+    """One part of a multipart form: text of a field, or a file: its bytes, or where it lies."""
 
     name: str
-    content: str | bytes
+    content: str | bytes | Path
 
 
 def read_request(parts: Sequence[Part], generator: Generator, decoder: Decoder) -> Request:
@@ -97,9 +108,10 @@ def read_embed_request(
 
 
 def _read_layers(
-    files: Mapping[str, bytes], generator: Generator, decoder: Decoder
+    given: Mapping[str, bytes | Path], generator: Generator, decoder: Decoder
 ) -> dict[str, ObservedLayer]:
     """The files' layers; all headers are checked before the first pixel is decoded."""
+    files = {n: content for n, content in given.items() if isinstance(content, bytes)}
     modalities = {name: generator.modality(name) for name in files}
     headers = {n: read_header(files[n], m, generator, decoder) for n, m in modalities.items()}
     if headers:
@@ -128,30 +140,35 @@ def read_header(
 ) -> raster.RasterHeader:
     """The header of a modality's GeoTIFF, checked; raises what `read_layer` does."""
     part = f"part {modality.name}"
-    if not content.startswith(_SIGNATURES):
-        raise MediaTypeError(
-            part,
-            got="nothing" if not content else f"{len(content)} bytes that are not a TIFF",
-            allowed="a GeoTIFF file",
-            remedy="convert it with gdal_translate -of GTiff",
-        )
-    with _whole_file():
+    check_signature(content[:4], modality, len(content))
+    with whole_file():
         header = decoder.header(content, part)
     check_header(header, modality, part, generator)
     return header
+
+
+def check_signature(head: bytes, modality: Modality, size_bytes: int) -> None:
+    """Raise MediaTypeError if a file does not begin as a TIFF does."""
+    if not head.startswith(_SIGNATURES):
+        raise MediaTypeError(
+            f"part {modality.name}",
+            got=f"{size_bytes} bytes that are not a TIFF" if size_bytes else "nothing",
+            allowed="a GeoTIFF file",
+            remedy="convert it with gdal_translate -of GTiff",
+        )
 
 
 def _decode(
     content: bytes, header: raster.RasterHeader, modality: Modality, decoder: Decoder
 ) -> ObservedLayer:
     bands = bands_of(header, modality)
-    with _whole_file():
+    with whole_file():
         found = decoder.pixels(content, f"part {modality.name}", header, bands)
     return ObservedLayer(*in_units(found, modality), header.grid)
 
 
 @contextmanager
-def _whole_file() -> Iterator[None]:
+def whole_file() -> Iterator[None]:
     """A file that cannot be read is of the wrong type to who sent it."""
     try:
         yield
@@ -207,11 +224,11 @@ def _kind(dtype: str) -> str:
 
 def _sort_out(
     parts: Sequence[Part], fields: Mapping[str, str], generator: Generator
-) -> tuple[dict[str, str], dict[str, bytes]]:
+) -> tuple[dict[str, str], dict[str, bytes | Path]]:
     """Texts and files by name; raises RequestError if a part is unknown or twice there."""
     seen = set()
     for part in parts:
-        is_file, shown = isinstance(part.content, bytes), part.name[:80]
+        is_file, shown = not isinstance(part.content, str), part.name[:80]
         if part.name in fields and is_file:
             raise RequestError(f"field {shown}", got="a file", allowed="text")
         if part.name not in fields and not is_file:
@@ -232,8 +249,44 @@ def _sort_out(
         seen.add(part.name)
     return (
         {p.name: p.content for p in parts if isinstance(p.content, str)},
-        {p.name: p.content for p in parts if isinstance(p.content, bytes)},
+        {p.name: p.content for p in parts if not isinstance(p.content, str)},
     )
+
+
+def read_scene_request(
+    parts: Sequence[Part], fields: Mapping[str, str], generator: Generator
+) -> tuple[SceneRequest, dict[str, bytes | Path]]:
+    """The request that a form makes of whole files, and these; see `serving.copies`.
+
+    Raises:
+        RequestError: a part is unknown, twice there or malformed, or they do not fit each other.
+    """
+    texts, files = _sort_out(parts, fields, generator)
+    request = SceneRequest(
+        {name: Path(f"{name}.tif") for name in files},
+        tuple(str(p.content) for p in parts if p.name == "target"),
+        samples=_integer(texts, "samples", 1),
+        seed=_integer(texts, "seed", 0),
+        steps=_integer(texts, "steps", DEFAULT_STEPS),
+        grid=_grid(texts),
+        conditions=parse_conditions(texts),
+        fill=texts.get("fill"),
+        uncertainty=_flag(texts, "uncertainty"),
+    )
+    check_request(request, generator)
+    return request, files
+
+
+def wants_uncertainty(parts: Sequence[Part]) -> bool:
+    """Whether a form asks for bands that only `write_scene` makes."""
+    return _flag({p.name: p.content for p in parts if isinstance(p.content, str)}, "uncertainty")
+
+
+def _flag(texts: Mapping[str, str], name: str) -> bool:
+    text = texts.get(name, "false")
+    if text not in ("true", "false"):
+        raise RequestError(f"field {name}", got=repr(text[:40]), allowed="true or false")
+    return text == "true"
 
 
 def _integer(texts: Mapping[str, str], name: str, default: int) -> int:

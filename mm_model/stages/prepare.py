@@ -11,15 +11,17 @@ from mm_model.stages.run import run
 def main() -> None:
     params = load_params()
     source = open_source(params.prepare, params.selected)
-    count = prepare(
-        source,
-        Path("data/patches"),
-        params.selected,
-        shard_patches=params.prepare.shard_patches,
-        min_valid_fraction=params.prepare.min_valid_fraction,
-        alignment=params.prepare.alignment,
-        run=by_workers(params.prepare.workers),
-    )
+    with by_workers(params.prepare.workers) as run_works:
+        count = prepare(
+            source,
+            Path("data/patches"),
+            params.selected,
+            shard_patches=params.prepare.shard_patches,
+            min_valid_fraction=params.prepare.min_valid_fraction,
+            alignment=params.prepare.alignment,
+            shards=params.prepare.shards,
+            run=run_works,
+        )
     print(f"{count} patches in data/patches")
 
 

@@ -16,9 +16,10 @@ from pystac.validation import validate_dict
 
 from mm_model.catalogue.write import page_of, write_catalogue
 from mm_model.config import GeotiffConfig, load_params
+from mm_model.data.index import INDEX
 from mm_model.data.licences import licences
 from mm_model.data.prepare import open_source, prepare
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MM_REAL_DATA", ROOT.parent / "shared" / "data"))

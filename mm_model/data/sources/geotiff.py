@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.data.align import resample, to_classes, to_physical
+from mm_model.data.align import check_median, resample, to_classes, to_physical
+from mm_model.data.content import known_values
 from mm_model.data.georeference import ground_sampling_m, is_metric, metric_grid, utm_zone
 from mm_model.data.patch import Layer, Patch, Unit
 from mm_model.data.raster import RasterHeader, read_header, read_raster
@@ -24,6 +26,8 @@ from mm_model.data.sources.manifest import (
     SceneSpec,
     load_manifest,
 )
+from mm_model.data.storage import stat
+from mm_model.data.strips import window_below
 from mm_model.errors import ConfigError, RasterError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -32,8 +36,35 @@ from mm_model.modalities import Modality
 _SAME_SIZE = 0.01
 
 
+# A larger scene is read in strips of rows, each a quarter of this, so that its size is no matter.
+_WHOLE_PX = 4096 * 4096
+_SAMPLED = 64  # one pixel of so many is kept, to judge the median of a scene read in strips
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a scene's grid."""
+
+    whole: Grid
+    top: int
+    rows: int
+
+    @property
+    def is_all(self) -> bool:
+        return self.rows == self.whole.height
+
+    @property
+    def grid(self) -> Grid:
+        if self.is_all:
+            return self.whole
+        return self.whole.window(self.top, 0, self.rows, self.whole.width)
+
+
 class GeotiffSource:
     """A unit is a scene: all its files, on one grid, cut into patches without overlap.
+
+    A scene of more than 4,096 px a side is read and warped in strips of rows of patches, by exact
+    warping, so that a whole Sentinel-2 tile takes no more memory than a scene of that size.
 
     Args:
         manifest: path of the YAML file.
@@ -58,18 +89,33 @@ class GeotiffSource:
         scene = self._scenes[unit.unit_id]
         gsd_m = scene.gsd_m or self._gsd_m
         grid = _scene_grid(scene, gsd_m)
-        layers = {
-            name: _read_layer(scene, entry, self._modalities[name], grid)
-            for name, entry in scene.layers.items()
-            if name in self._modalities
-        }
-        for row, col in grid.subdivide(self._patch_px):
-            window = (slice(row, row + self._patch_px), slice(col, col + self._patch_px))
+        wanted = {n: e for n, e in scene.layers.items() if n in self._modalities}
+        samples: dict[str, list[NDArray[Any]]] = {name: [] for name in wanted}
+        for top, rows in _strips(grid, self._patch_px):
+            part = _Part(grid, top, rows)
+            layers = {
+                n: _read_layer(scene, e, self._modalities[n], part) for n, e in wanted.items()
+            }
+            yield from self._cut(unit, scene, gsd_m, part, layers)
+            for name, layer in layers.items():
+                if not (part.is_all or self._modalities[name].is_categorical):
+                    samples[name].append(known_values(layer)[:, ::_SAMPLED])
+        for name, parts in samples.items():
+            if parts:
+                where = f"{scene.folder / str(wanted[name].file)}"
+                check_median(np.concatenate(parts, axis=1), self._modalities[name], where)
+
+    def _cut(
+        self, unit: Unit, scene: SceneSpec, gsd_m: float, part: _Part, layers: Mapping[str, Layer]
+    ) -> Iterator[Patch]:
+        side = self._patch_px
+        for row, col in part.grid.subdivide(side):
+            window = (slice(row, row + side), slice(col, col + side))
             yield Patch(
-                f"{unit.unit_id}/{row:05d}-{col:05d}",
+                f"{unit.unit_id}/{part.top + row:05d}-{col:05d}",
                 scene.place_id,
                 scene.source,
-                grid.window(row, col, self._patch_px, self._patch_px),
+                part.whole.window(part.top + row, col, side, side),
                 gsd_m,
                 {
                     name: Layer(
@@ -93,14 +139,23 @@ class GeotiffSource:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _strips(grid: Grid, patch_px: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of what is read at a time: all, or some rows of patches."""
+    if grid.height * grid.width <= _WHOLE_PX:
+        yield 0, grid.height
+        return
+    rows = max(1, _WHOLE_PX // 4 // grid.width // patch_px) * patch_px
+    for top in range(0, grid.height // patch_px * patch_px, rows):
+        yield top, min(rows, grid.height - top)
+
+
+def _stat(path: Path) -> tuple[int, str]:
     try:
-        status = path.stat()
+        return stat(path)
     except OSError:
         raise RasterError(
             f"{path} does not exist", remedy="mend the manifest, or name the layer in `without`"
         ) from None
-    return status.st_size, status.st_mtime_ns
 
 
 def _bands(entry: LayerEntry) -> list[tuple[str, int | str | None]]:
@@ -132,19 +187,19 @@ def _scene_grid(scene: SceneSpec, gsd_m: float) -> Grid:
     return metric_grid(grid, crs, gsd_m)
 
 
-def _read_layer(scene: SceneSpec, entry: LayerEntry, modality: Modality, target: Grid) -> Layer:
+def _read_layer(scene: SceneSpec, entry: LayerEntry, modality: Modality, part: _Part) -> Layer:
     """All bands of a layer, in physical units, on the scene's grid."""
-    values, valid = [], np.ones(target.shape, dtype=np.bool_)
+    values, valid = [], np.ones(part.grid.shape, dtype=np.bool_)
     tags: Mapping[str, str] = {}
     sampled: list[float] = []
     for file, pairs in groupby(_bands(entry), key=lambda pair: pair[0]):
         wanted = [band for _, band in pairs if band is not None]
         path = scene.folder / file
-        part, part_valid, header = _read_file(path, wanted or None, entry, modality, target)
+        found, known, header = _read_file(path, wanted or None, entry, modality, part)
         tags = header.tags
         sampled += [gsd_m] if (gsd_m := ground_sampling_m(header.grid)) else []
-        values.append(part)
-        valid &= part_valid
+        values.append(found)
+        valid &= known
     stacked = np.concatenate(values)
     if len(stacked) != len(modality.bands):
         raise RasterError(
@@ -162,9 +217,16 @@ def _read_file(
     bands: Sequence[int | str] | None,
     entry: LayerEntry,
     modality: Modality,
-    target: Grid,
+    part: _Part,
 ) -> tuple[NDArray[Any], NDArray[np.bool_], RasterHeader]:
-    raster = read_raster(path, bands=bands)
+    window = None
+    if not part.is_all:
+        header = read_header(path)
+        window = _window(header.grid, part)
+        if window is None:  # the file ends above or begins below
+            shape = (len(modality.bands if bands is None else bands), *part.grid.shape)
+            return np.zeros(shape, modality.dtype), np.zeros(part.grid.shape, np.bool_), header
+    raster = read_raster(path, bands=bands, window=window)
     valid = raster.valid
     for nodata in entry.nodata:
         valid = valid & (raster.values != nodata).all(axis=0)
@@ -182,9 +244,18 @@ def _read_file(
             linear_power=entry.unit == LINEAR_POWER,
             out_of_range=entry.out_of_range,
             where=str(path),
+            is_part=not part.is_all,
         )
-    values, valid = resample(values, valid, raster.grid, target, modality)
+    source = raster.grid if window is None else raster.grid.window(*window)
+    values, valid = resample(values, valid, source, part.grid, modality, exact=not part.is_all)
     return values, valid, raster.header
+
+
+def _window(grid: Grid, part: _Part) -> tuple[int, int, int, int] | None:
+    """The rows, or what of a file lies below them where it has another grid."""
+    if grid == part.whole:
+        return part.top, 0, part.rows, grid.width
+    return window_below(grid, part.grid)
 
 
 def _date(entry: LayerEntry, tags: Mapping[str, str], scene: SceneSpec) -> str | None:

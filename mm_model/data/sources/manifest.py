@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from mm_model.config import PositiveFloat, Section, parse, read_yaml
+from mm_model.data.storage import raster_root
 from mm_model.errors import ConfigError
 from mm_model.modalities import MODALITIES, Modality, Quantity
 
@@ -86,7 +87,7 @@ class SourceEntry(Section):
 class ManifestFile(Section):
     """The whole file."""
 
-    root: Path
+    root: str = Field(description="folder, seen from the manifest, or s3://bucket/folder")
     root_variable: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")] | None = None
     sources: dict[Name, SourceEntry]
 
@@ -131,10 +132,19 @@ def load_manifest(
             names the key.
     """
     manifest = parse(ManifestFile, read_yaml(path), str(path))
-    root = path.parent / manifest.root
-    if manifest.root_variable and os.environ.get(manifest.root_variable):
-        root = Path(os.environ[manifest.root_variable])
-    root = root.resolve()
+    root = _root(path, manifest)
+    return tuple(
+        _scene(f"{path}: {name}.{scene}", source, name, scene, root, declared)
+        for name, source in sorted(manifest.sources.items())
+        for scene in sorted(source.scenes)
+    )
+
+
+def _root(path: Path, manifest: ManifestFile) -> Path:
+    given = (manifest.root_variable and os.environ.get(manifest.root_variable)) or None
+    if "://" in (given or manifest.root):
+        return raster_root(given or manifest.root)
+    root = (Path(given) if given else path.parent / manifest.root).resolve()
     if not root.is_dir():
         raise ConfigError(
             f"{path}: root",
@@ -142,11 +152,7 @@ def load_manifest(
             allowed="a folder",
             remedy=f"set {manifest.root_variable}" if manifest.root_variable else "edit it",
         )
-    return tuple(
-        _scene(f"{path}: {name}.{scene}", source, name, scene, root, declared)
-        for name, source in sorted(manifest.sources.items())
-        for scene in sorted(source.scenes)
-    )
+    return root
 
 
 def _scene(

@@ -42,6 +42,18 @@ def load(folder: Path) -> str:
     return f"generator {version}"
 
 
+def test_what_was_refused_is_over_once_the_alias_is_back(registry, tmp_path):
+    follower = ChampionFollower("m", tmp_path, load)
+    follower.poll()
+    registry["champion"] = (2, "failed")
+    follower.poll()
+    assert [r.version for r in follower.refused] == ["2"]
+    registry["champion"] = (1, "passed")
+    follower.poll()
+    assert follower.refused == ()
+    assert follower.served.identity.version == "1"
+
+
 @pytest.mark.parametrize("refused", [(2, "failed"), (3, "passed"), None])
 def test_a_new_replica_goes_on_with_the_last_good_version(registry, tmp_path, refused):
     ChampionFollower("m", tmp_path, load).poll()

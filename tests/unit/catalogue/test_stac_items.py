@@ -16,8 +16,9 @@ from pystac.validation import validate_dict
 
 from mm_model.catalogue import items as writing
 from mm_model.catalogue.items import ALWAYS
+from mm_model.data.index import INDEX
 from mm_model.data.quality import day_span
-from mm_model.data.store import INDEX, PatchStore
+from mm_model.data.store import PatchStore
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from geotiff_fixtures import ROTATED
 
 from mm_model.data.footprints import footprints
 from mm_model.data.georeference import to_lonlat
-from mm_model.data.store import INDEX, PatchStore, ShardWriter
+from mm_model.data.index import INDEX
+from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import GeoreferenceError
 from mm_model.geo.grid import Grid
 

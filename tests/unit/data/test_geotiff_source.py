@@ -7,6 +7,7 @@ import rasterio
 import yaml
 from geotiff_fixtures import COVER, FOUR, LEGEND, OPTICAL, RADAR, RELIEF, manifest, write_rasters
 
+from mm_model.data.sources import geotiff
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.sources.manifest import load_manifest
 from mm_model.errors import ConfigError, RasterError
@@ -279,3 +280,36 @@ def test_each_layer_remembers_the_distance_it_was_measured_at(folder):
     save(folder, content)
     with pytest.raises(ConfigError, match="native_gsd_m"):
         source(folder)
+
+
+def test_a_large_scene_in_strips_gives_the_patches_of_the_whole(folder, monkeypatch):
+    whole = patches(folder)
+    monkeypatch.setattr(geotiff, "_WHOLE_PX", 64)  # one row of patches at a time
+    strips = patches(folder)
+    assert [p.patch_id for p in strips] == [p.patch_id for p in whole]
+    assert len({p.patch_id.split("/")[-1].split("-")[0] for p in strips}) > 1
+    for mine, theirs in zip(strips, whole, strict=True):
+        assert mine.grid == theirs.grid
+        assert set(mine.layers) == set(theirs.layers)
+        for name, layer in theirs.layers.items():
+            got = mine.layers[name]
+            # Exact, where the warp of the whole may be an eighth of a pixel off.
+            assert (got.valid == layer.valid).mean() > 0.97
+            both = got.valid & layer.valid
+            spread = np.ptp(layer.values[:, layer.valid]) if layer.valid.any() else 0
+            apart = np.abs(got.values[:, both].astype(float) - layer.values[:, both])
+            assert np.quantile(apart, 0.95, method="lower") <= 0.15 * spread if both.any() else True
+
+
+def test_a_scene_in_strips_is_judged_as_a_whole(folder, monkeypatch):
+    described = manifest(folder / "rasters")
+    (source_of,) = described["sources"].values()
+    source_of["layers"][RADAR.name]["unit"] = RADAR.unit  # it is power, around 0
+    save(folder, described)
+    said = []
+    for limit in (4096 * 4096, 64):
+        monkeypatch.setattr(geotiff, "_WHOLE_PX", limit)
+        with pytest.raises(RasterError, match=f"median of {RADAR.name}") as caught:
+            patches(folder)
+        said.append(str(caught.value).split("; got")[0])
+    assert said[0] == said[1]

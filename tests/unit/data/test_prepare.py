@@ -146,7 +146,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_hashes(tmp_path):
 def backwards(make, works):
     """As any number of workers may do: in another order, in an own process's copy of the maker."""
     make = pickle.loads(pickle.dumps(make))
-    for work in reversed(works):
+    for work in reversed(list(works)):
         yield work, make(work)
 
 

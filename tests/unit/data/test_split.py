@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from mm_model.config import SplitConfig
+from mm_model.data import split as split_module
 from mm_model.data.split import (
     MARGIN,
     SPLITS,
@@ -186,3 +187,18 @@ def test_positions_are_loaded_by_split(tmp_path):
         load_split(path, ["another"])
     with pytest.raises(DataError, match="stage split"):
         load_split(tmp_path / "absent.parquet")
+
+
+@pytest.mark.parametrize("margin_m", [0.0, 1280.0, 300_000.0])
+def test_the_margin_is_that_of_comparing_every_pair(margin_m):
+    rng = np.random.default_rng(1)
+    centres, others = (
+        np.stack([rng.uniform(-180, 180, n), rng.uniform(-89, 89, n)], axis=1) for n in (180, 130)
+    )
+    others[:60] = centres[:60] + rng.normal(0, 0.01, (60, 2))
+    radii, other_radii = rng.uniform(100, 900, len(centres)), rng.uniform(100, 5000, len(others))
+    gaps = np.stack([split_module._distance_m(c, others) for c in centres])
+    gaps = gaps - radii[:, None] - other_radii
+    near = split_module._within(centres, radii, others, other_radii, margin_m)
+    np.testing.assert_array_equal(near, gaps.min(axis=1) < margin_m)
+    assert 0 < near.sum() < len(near)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_fixtures import CONTINUOUS, PAIR, make_store, place_patches
 
-from mm_model.data import store as store_module
+from mm_model.data.index import INDEX
 from mm_model.data.patch import Layer
 from mm_model.data.store import PatchStore, ShardWriter
 from mm_model.errors import DataError
@@ -179,11 +179,30 @@ def test_described_rows_are_plain_objects_and_texts_are_held_once(tmp_path):
     assert len({id(row["crs"]) for row in rows}) == 1
 
 
-def test_an_index_of_many_row_groups_reads_as_one(tmp_path, monkeypatch):
-    whole = make_store(tmp_path / "whole", 6)
-    monkeypatch.setattr(store_module, "_GROUP_ROWS", 4)
-    cut = make_store(tmp_path / "cut", 6)
-    assert pq.ParquetFile(cut.path / store_module.INDEX).num_row_groups > 3
-    pd.testing.assert_frame_equal(cut.index, whole.index)
-    names = pq.read_schema(cut.path / store_module.INDEX).metadata
-    assert names == pq.read_schema(whole.path / store_module.INDEX).metadata
+def test_an_index_of_many_row_groups_reads_as_one(tmp_path):
+    whole = make_store(tmp_path / "whole", 6, shard_patches=1000)
+    cut = make_store(tmp_path / "cut", 6, shard_patches=2)
+    assert pq.ParquetFile(whole.path / INDEX).num_row_groups == 1
+    assert pq.ParquetFile(cut.path / INDEX).num_row_groups > 3
+    where = ["shard", "row", "values_at", "mask_at"]
+    pd.testing.assert_frame_equal(cut.index.drop(columns=where), whole.index.drop(columns=where))
+    names = pq.read_schema(cut.path / INDEX).metadata
+    assert names == pq.read_schema(whole.path / INDEX).metadata
+
+
+def test_the_index_says_where_a_reader_of_arrow_finds_each_layer(tmp_path):
+    store = make_store(tmp_path / "store", 7, ALL, shard_patches=6)
+    masked = 0
+    for row in store.index.to_dict("records"):
+        table = pa.ipc.open_file(store.path / row["shard"]).read_all()
+        (values,) = table["values"].combine_chunks().slice(row["row"], 1).to_numpy_ndarray()
+        mask = table["valid"][row["row"]].as_py()
+        content = (store.path / row["shard"]).read_bytes()
+        assert content[row["values_at"] :].startswith(values.tobytes())
+        assert values.shape == (row["bands"], row["height"], row["width"])
+        assert values.dtype == row["dtype"]
+        assert (row["mask_at"] == 0) == (mask is None)
+        if mask is not None:
+            masked += 1
+            assert content[row["mask_at"] :].startswith(mask)
+    assert 0 < masked < len(store.index)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import promql_parser
@@ -15,23 +17,36 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+sys.path.append(str(Path(__file__).parents[1] / "serving"))
+from serving_fixtures import ask, form, geotiff, make_source, serve_config
+
+from mm_model.data.drift import MOST_DISTANCE
+from mm_model.serving.app import build_app
+from mm_model.serving.drift import LEAST_LAYERS
 from mm_model.serving.metrics import Metrics
 
 MONITORING = Path(__file__).parents[3] / "infra/monitoring"
 DASHBOARD = MONITORING / "grafana/dashboards/endpoint.json"
-SUFFIXES = {
-    "counter": ("_total",),
-    "histogram": ("_bucket", "_sum", "_count"),
-    "gauge": ("",),
-}
+OF_THE_SCRAPE = frozenset({"job", "instance"})
 
 
 @cache
-def own_metrics() -> frozenset[str]:
-    """Sample names that the endpoint's /metrics can show."""
-    source: Any = SimpleNamespace(served=None, refused={}, registry_error=None)
-    families = text_string_to_metric_families(Metrics().page(source).decode())
-    return frozenset(f.name + s for f in families for s in SUFFIXES.get(f.type, ()))
+def own_metrics() -> Mapping[str, frozenset[str]]:
+    """Samples that an endpoint in use shows → their labels, those of a scrape among them."""
+    source, counted = make_source(max_side_px=64), Metrics()
+
+    async def gather() -> Mapping[str, Any]:
+        return {"one": counted.snapshot(source)}
+
+    app = build_app(source, serve_config(), counted=counted, gather=gather)
+    request = form({"sar": geotiff("sar")}, target="dem", steps=1)
+    ask(app, *[request] * LEAST_LAYERS, form({"sar": b"no"}))
+    (page,) = ask(app, ("GET", "/metrics", {}))
+    found: dict[str, set[str]] = defaultdict(set)
+    for family in text_string_to_metric_families(page.text):
+        for sample in family.samples:
+            found[sample.name] |= set(sample.labels)
+    return {name: OF_THE_SCRAPE | labels for name, labels in found.items()}
 
 
 @cache
@@ -70,13 +85,36 @@ def expressions() -> list[str]:
 
 
 def faults(expression: str) -> list[str]:
-    """What is wrong with a query: its syntax, or names of metrics that nobody exports."""
+    """What is wrong with a query: its syntax, or metrics or labels that nobody exports."""
     try:
-        promql_parser.parse(expression)
+        parsed = promql_parser.parse(expression)
     except ValueError as error:
         return [str(error)]
-    named = set(re.findall(r"\b(?:mm|ray)_[a-z_]+\b", expression))
-    return sorted(named - own_metrics() - ray_metrics())
+    found = []
+    for selector, grouped in selectors(parsed, frozenset()):
+        labels = own_metrics().get(selector.name)
+        if labels is not None:
+            used = {matcher.name for matcher in selector.matchers.matchers} | grouped
+            found += [f"{selector.name}: {label}" for label in sorted(used - labels)]
+        elif selector.name not in ray_metrics() | {"up"}:
+            found.append(selector.name)
+    return found
+
+
+def selectors(node: Any, grouped: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Each selector of series below a node, and the labels that its series are grouped by."""
+    if isinstance(node, promql_parser.VectorSelector):
+        yield node, grouped
+        return
+    if isinstance(node, promql_parser.MatrixSelector):
+        yield node.vector_selector, grouped
+        return
+    if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+        grouped |= set(node.modifier.labels)
+    below = [getattr(node, name, None) for name in ("expr", "lhs", "rhs")]
+    for child in [*below, *getattr(node, "args", ())]:
+        if child is not None:
+            yield from selectors(child, grouped)
 
 
 def test_there_is_something_to_check() -> None:
@@ -95,10 +133,37 @@ def test_queries(expression: str) -> None:
         "sum(rate(mm_requests_total[5m])",
         "rate(mm_generate_request_total[5m])",
         "ray_serve_deployment_replica_health",
+        "sum by (state) (rate(mm_requests_total[5m]))",
+        'mm_stage_seconds_count{step="read"} / 2',
     ],
 )
 def test_a_wrong_query_is_seen(wrong: str) -> None:
     assert faults(wrong)
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_what_replicas_say_of_themselves_is_one_figure(expression: str) -> None:
+    """A replica more or less must not change a line into two."""
+    for selector, _ in selectors(promql_parser.parse(expression), frozenset()):
+        if selector.name in own_metrics():
+            assert re.search(r"\b(sum|min|max|avg|count)\b", expression), expression
+
+
+def test_every_figure_of_the_endpoint_is_drawn_or_alerts() -> None:
+    drawn = " ".join(expressions())
+    figures = {re.sub("_(total|bucket|sum|count|created)$", "", name) for name in own_metrics()}
+    assert [name for name in sorted(figures) if name.startswith("mm_") and name not in drawn] == []
+
+
+def test_drift_alerts_where_a_batch_would_be_called_drifted() -> None:
+    (rule,) = (rule for rule in rules() if rule["alert"] == "InputDrift")
+    assert rule["expr"].endswith(f"> {MOST_DISTANCE}")
+
+
+def test_operators_are_told_of_every_alert() -> None:
+    page = (MONITORING.parents[1] / "docs/alarms.md").read_text()
+    told = re.findall(r"^## (\w+)$", page, re.MULTILINE)
+    assert told == [rule["alert"] for rule in rules()]
 
 
 def test_alerts_say_what_is_wrong_and_what_to_do() -> None:

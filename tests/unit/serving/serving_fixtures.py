@@ -13,6 +13,7 @@ from mm_model.bundle import Bundle, Manifest
 from mm_model.codec import Codec
 from mm_model.config import ServeConfig
 from mm_model.data import raster
+from mm_model.data.stats import QUANTILES
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Kind, Modality, Quantity
 from mm_model.nn.model import SceneModel, Size
@@ -57,7 +58,8 @@ def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
 
 def _statistics(modality: Modality) -> dict:
     if modality.is_categorical:
-        return {"pixels": 9, "classes": {str(modality.class_codes[0]): 9}}
+        first, *others = (str(code) for code in modality.class_codes)
+        return {"pixels": 9, "classes": {first: 9, **dict.fromkeys(others, 0)}}
     low, high = PLAUSIBLE[modality.quantity]
     values = np.linspace(low, high, 50)
     center, scale = (low + high) / 2, (high - low) / 4
@@ -67,6 +69,7 @@ def _statistics(modality: Modality) -> dict:
         "bands": [
             {
                 "name": name,
+                "quantiles": {str(q): low + q * (high - low) for q in QUANTILES},
                 "center": center,
                 "scale": scale,
                 "transformed_mean": float(seen.mean()),
@@ -98,6 +101,13 @@ def serve_config(**changes: object) -> ServeConfig:
         "max_samples": 16,
         "deadline_s": 60,
         "alias_poll_s": 1,
+        "jobs": {
+            "max_side_px": 2048,
+            "max_upload_mb": 64,
+            "max_jobs": 4,
+            "max_stored_mb": 256,
+            "keep_hours": 1,
+        },
         **changes,
     }
     return ServeConfig.model_validate(values)

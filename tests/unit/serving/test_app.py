@@ -91,8 +91,9 @@ def test_several_come_as_a_zip_with_a_manifest(source):
     assert response.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         manifest = Manifest.model_validate_json(archive.read("manifest.json"))
+        class_names = [f"map_{k}.tif.aux.xml" for k in (0, 1)]
         assert sorted(archive.namelist()) == sorted(
-            ["manifest.json", *(file.name for file in manifest.files)]
+            ["manifest.json", *(file.name for file in manifest.files), *class_names]
         )
         assert [(f.modality, f.sample) for f in manifest.files] == [
             (name, k) for name in ("rgb", "dem", "map") for k in (0, 1)
@@ -155,7 +156,7 @@ def test_callers_share_batches_and_nobody_notices(source):
     assert [r.content for r in alone] == [r.content for r in together]
     (page,) = ask(app, ("GET", "/metrics", {}))
     counts = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if line[0] != "#")
-    assert counts['mm_requests_total{operation="generate",status="200"}'] == "14.0"
+    assert counts['mm_requests_total{operation="generate",status="200",version="3"}'] == "14.0"
     # Seven at once are three batches, then seven of one each.
     assert float(counts["mm_batch_size_count"]) < 14
     assert counts['mm_model_info{model="mm-test",run_id="f00d",version="3"}'] == "1.0"

@@ -236,7 +236,10 @@ def test_callers_of_both_operations_share_the_queue_and_nobody_notices(source):
     (page,) = ask(app, ("GET", "/metrics", {}))
     counts = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if line[0] != "#")
     for operation in ("embed", "generate"):
-        assert counts[f'mm_requests_total{{operation="{operation}",status="200"}}'] == "8.0"
+        assert (
+            counts[f'mm_requests_total{{operation="{operation}",status="200",version="3"}}']
+            == "8.0"
+        )
         assert counts[f'mm_request_seconds_count{{operation="{operation}"}}'] == "8.0"
     assert float(counts["mm_batch_size_count"]) < 16
 

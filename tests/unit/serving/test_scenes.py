@@ -19,7 +19,8 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.generator import ObservedLayer, Request
 from mm_model.serving.observed import ObservedFiles
-from mm_model.serving.scenes import GENERATED, MAX_SIDE_PX, SceneRequest, write_scene
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.scenes import GENERATED, MAX_SIDE_PX, write_scene
 from mm_model.serving.uncertainty import entropy_bits
 
 GENERATOR = make_generator(max_side_px=MAX_SIDE_PX)
@@ -86,7 +87,8 @@ def test_what_is_written_is_a_cog_with_all_that_a_file_should_say(tmp_path: Path
         assert found.transform == Affine(*grid.transform)
         # Overviews of codes are codes.
         assert set(np.unique(found.read(1, out_shape=(265, 300)))) <= set(found.read(1).ravel())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif"]  # nothing else is left
+    # Nothing else is left.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml"]
 
 
 def test_the_same_ground_looks_the_same_in_another_scene(tmp_path: Path) -> None:

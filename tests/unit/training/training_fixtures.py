@@ -41,6 +41,9 @@ class ListStore:
         sets = [(RGB, SAR), (SAR, MAP), (RGB, SAR, MAP)]
         self.patches = [patch(i, *sets[i % 3]) for i in range(count)]
 
+    def read_many(self, positions, modalities=None) -> list[Patch]:
+        return [self.read(i, modalities) for i in positions]
+
     def read(self, i, modalities=None) -> Patch:
         return self.patches[i]
 

@@ -1,0 +1,151 @@
+"""Load on a running endpoint: by number of callers, and far beyond what it can do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import httpx
+import numpy as np
+import psutil
+
+CALLERS = (1, 2, 4, 8, 16, 32, 64)
+OVERLOAD = 10
+"""Requests that come, over those that the endpoint can answer."""
+
+_RAMP_SHARE = 0.1  # of the time; what memory is compared with comes after it
+
+
+@dataclass
+class Answers:
+    """What came back.
+
+    Attributes:
+        seconds: of each answer of success, in the order in which they came.
+        statuses: how many of each; 0 stands for a connection without an answer.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.seconds, q)) if self.seconds else float("nan")
+
+
+class Load:
+    """Sends one and the same patch, with another seed each time.
+
+    Args:
+        url: of the endpoint.
+        name: the observed modality.
+        file: its GeoTIFF.
+    """
+
+    def __init__(self, url: str, name: str, file: bytes) -> None:
+        self._url, self._name, self._file, self._seed = f"{url}/v1/generate", name, file, 0
+
+    def by_callers(self, seconds: float) -> dict[str, float]:
+        """Latency and throughput of so many callers; each asks again once it is answered."""
+        figures: dict[str, float] = {}
+        for callers in CALLERS:
+            answers, took = asyncio.run(self._closed(callers, seconds))
+            if set(answers.statuses) - {200, 429}:
+                raise RuntimeError(f"{callers} callers got {dict(answers.statuses)}")
+            figures |= {
+                f"callers_{callers}_{name}_ms": answers.quantile(q) * 1e3
+                for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+            }
+            figures[f"callers_{callers}_per_s"] = len(answers.seconds) / took
+        return figures
+
+    def overload(self, capacity_per_s: float, seconds: float) -> dict[str, float]:
+        """Requests at ten times the capacity, whether or not those before are answered.
+
+        Raises:
+            RuntimeError: something else came back than 200 and 429.
+        """
+        answers, memory = asyncio.run(self._open(OVERLOAD * capacity_per_s, seconds))
+        others = {s: n for s, n in answers.statuses.items() if s not in (200, 429)}
+        if others:
+            raise RuntimeError(f"answers other than 200 and 429: {others}")
+        return {
+            "overload_s": seconds,
+            "overload_sent_per_s": sum(answers.statuses.values()) / seconds,
+            "overload_accepted_per_s": answers.statuses[200] / seconds,
+            "overload_refused_share": answers.statuses[429] / sum(answers.statuses.values()),
+            "overload_p50_accepted_s": answers.quantile(0.5),
+            "overload_p99_accepted_s": answers.quantile(0.99),
+            "overload_rss_growth_mb": memory,
+        }
+
+    async def _closed(self, callers: int, seconds: float) -> tuple[Answers, float]:
+        answers, began = Answers(), time.monotonic()
+
+        async def ask(http: httpx.AsyncClient) -> None:
+            while time.monotonic() < began + seconds:
+                if await self._one(http, answers) == 429:
+                    await asyncio.sleep(1)  # as Retry-After says
+
+        async with _http() as http:
+            await asyncio.gather(*(ask(http) for _ in range(callers)))
+        return answers, time.monotonic() - began
+
+    async def _open(self, per_s: float, seconds: float) -> tuple[Answers, float]:
+        """Answers, and the growth of the replicas' memory in MB from soon after the begin."""
+        answers, began, sent = Answers(), time.monotonic(), 0
+        before: float | None = None
+        running: set[asyncio.Task[int]] = set()
+        async with _http() as http:
+            while (now := time.monotonic() - began) < seconds:
+                for _ in range(int(now * per_s) - sent):
+                    task = asyncio.create_task(self._one(http, answers))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                    sent += 1
+                if before is None and now > _RAMP_SHARE * seconds:
+                    before = replicas_rss_mb()
+                await asyncio.sleep(0.01)
+            after = replicas_rss_mb()
+            await asyncio.gather(*running)
+        return answers, after - (before or after)
+
+    async def _one(self, http: httpx.AsyncClient, answers: Answers) -> int:
+        self._seed += 1
+        parts = [
+            ("seed", (None, str(self._seed).encode())),
+            (self._name, (f"{self._name}.tif", self._file)),
+        ]
+        began = time.monotonic()
+        try:
+            response = await http.post(self._url, files=parts)
+        except httpx.HTTPError:
+            answers.statuses[0] += 1
+            return 0
+        answers.statuses[response.status_code] += 1
+        if response.is_success:
+            answers.seconds.append(time.monotonic() - began)
+        elif response.status_code == 429 and "retry-after" not in response.headers:
+            raise RuntimeError("a 429 without Retry-After")
+        return response.status_code
+
+
+def replicas_rss_mb() -> float:
+    """Resident memory of this project's replicas, in MB."""
+    project, total = os.environ["MM_PROJECT"], 0
+    for process in psutil.process_iter(["cmdline"]):
+        if "ServeReplica" in " ".join(process.info["cmdline"] or ()):
+            try:
+                if process.environ().get("MM_PROJECT") == project:
+                    total += process.memory_info().rss
+            except psutil.Error:  # it has just ended, or is somebody else's
+                continue
+    return total / 1e6
+
+
+def _http() -> httpx.AsyncClient:
+    # Callers are many people: none waits for a connection of another.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    return httpx.AsyncClient(timeout=300, limits=limits)

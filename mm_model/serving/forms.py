@@ -1,0 +1,64 @@
+"""Multipart forms, their size checked before and while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.datastructures import FormData
+from starlette.requests import Request
+
+from mm_model.errors import MediaTypeError, TooLargeError
+
+# What a text field of a form may hold at most; a long WKT has some 10 kB.
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_PARTS = 64
+
+
+@asynccontextmanager
+async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
+    """A request's form; files of more than 1 MB lie in the folder for temporary files.
+
+    Raises:
+        MediaTypeError: the body is no form.
+        TooLargeError: it is larger than allowed.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise MediaTypeError(
+            "body",
+            got=media_type[:80] or "no Content-Type",
+            allowed="multipart/form-data",
+            remedy="send it with curl -F",
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(declared, max_bytes)
+    limited = _LimitedReceive(request, max_bytes)
+    async with Request(request.scope, limited).form(
+        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
+    ) as form:
+        yield form
+
+
+class _LimitedReceive:
+    """ASGI's receive, which stops at the first byte over a limit."""
+
+    def __init__(self, request: Request, max_bytes: int) -> None:
+        self._receive = request.receive
+        self._max_bytes = max_bytes
+        self._got = 0
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._got += len(message.get("body", b""))
+        if self._got > self._max_bytes:
+            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
+        return message
+
+
+def _too_large(got: str, max_bytes: int) -> TooLargeError:
+    return TooLargeError(
+        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
+    )

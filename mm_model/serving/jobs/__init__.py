@@ -1,0 +1,1 @@
+"""Long jobs: kept in a database and a folder, worked off by whichever replica is free."""

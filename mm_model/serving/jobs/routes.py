@@ -1,0 +1,231 @@
+"""The jobs' part of the HTTP interface."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse
+
+from mm_model.api import TIFF, ZIP, JobInfo, JobState
+from mm_model.config import ServeConfig
+from mm_model.errors import RequestError
+from mm_model.serving import openapi
+from mm_model.serving.access import holder_of
+from mm_model.serving.batching import ModelSource, Served
+from mm_model.serving.copies import check_file
+from mm_model.serving.forms import limited_form
+from mm_model.serving.jobs.store import Job, JobStore
+from mm_model.serving.jobs.worker import UPLOADS, Worker, for_scenes, parse
+from mm_model.serving.uploads import JOB_FIELDS
+
+
+@dataclass(frozen=True)
+class JobsPlace:
+    """Where jobs are kept.
+
+    Attributes:
+        folder: of their files, the same for every replica.
+        url: of their database; SQLite in the folder by default.
+        model: whose jobs they are.
+    """
+
+    folder: Path
+    url: str = ""
+    model: str = ""
+
+    @property
+    def database(self) -> str:
+        return self.url or f"sqlite:///{self.folder / 'jobs.db'}"
+
+
+class Jobs:
+    """The operations on jobs.
+
+    Args:
+        place: where they are kept; None: this endpoint takes none.
+        source: says which model serves.
+        config: of the endpoint.
+        served: gives the model that serves, or raises NotReadyError.
+    """
+
+    def __init__(
+        self,
+        place: JobsPlace | None,
+        source: ModelSource,
+        config: ServeConfig,
+        served: Callable[[], Served],
+    ) -> None:
+        self._config, self._served = config.jobs, served
+        self._store: JobStore | None = None
+        if place is not None:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            self._folder = place.folder
+            self._store = JobStore(place.database, place.model)
+            self._worker = Worker(self._store, place.folder, source, config.jobs)
+
+    def add_routes(self, app: FastAPI, config: ServeConfig) -> None:
+        """The paths below /v1/jobs."""
+        made: dict[int | str, dict[str, Any]] = {201: {"description": "The job", "model": JobInfo}}
+        refused = openapi.problems(400, 401, 403, 413, 415, 422, 429, 503, 404)
+        found = openapi.problems(401, 403, 404)
+        app.post(
+            "/v1/jobs",
+            status_code=201,
+            summary="Generate or fill a scene of any size",
+            description="Takes the form of generate, or of fill, and answers at once.",
+            operation_id="create_job",
+            response_model=JobInfo,
+            responses={**made, **refused},
+            openapi_extra={"requestBody": openapi.request_body(config, JOB_FIELDS)},
+        )(self.create)
+        app.get(
+            "/v1/jobs/{job_id}",
+            summary="How far a job is",
+            operation_id="job",
+            responses={**found},
+        )(self.show)
+        media: dict[str, Any] = {TIFF: {"schema": {}}, ZIP: {"schema": {}}}
+        app.get(
+            "/v1/jobs/{job_id}/result",
+            summary="What a job made",
+            operation_id="job_result",
+            response_class=Response,
+            responses={
+                200: {"description": "What was generated", "content": media},
+                **openapi.problems(401, 403, 404, 409),
+            },
+        )(self.result)
+        app.delete(
+            "/v1/jobs/{job_id}",
+            status_code=204,
+            summary="Cancel a job and forget what it made",
+            operation_id="delete_job",
+            response_class=Response,
+            responses={**found},
+        )(self.delete)
+
+    def start(self) -> None:
+        if self._store is not None:
+            self._worker.start()
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._worker.close()
+            self._store.close()
+
+    async def create(self, request: Request) -> Response:
+        store, owner, served = self._open(), holder_of(request.scope), self._served()
+        limits = (owner, self._config.max_jobs, self._config.max_stored_mb * 2**20)
+        await asyncio.to_thread(store.check_room, *limits)
+        job_id = uuid.uuid4().hex
+        place, job = self._folder / job_id, None
+        try:
+            async with limited_form(request, self._config.max_upload_mb * 2**20) as form:
+                await asyncio.to_thread(self._keep, form, place, served, limits, job_id)
+            self._worker.start()
+            job = await asyncio.to_thread(store.get, job_id)
+        finally:
+            if job is None:
+                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        assert job is not None  # it was added a moment ago
+        where = f"{request.scope.get('root_path', '')}/v1/jobs/{job_id}"
+        return JSONResponse(_info(job).model_dump(mode="json"), 201, {"Location": where})
+
+    def _keep(
+        self,
+        form: FormData,
+        place: Path,
+        served: Served,
+        limits: tuple[str, int, int],
+        job_id: str,
+    ) -> None:
+        """Check a form, and put it where a worker finds it."""
+        texts = [(n, v) for n, v in form.multi_items() if isinstance(v, str)]
+        sent = [(n, v) for n, v in form.multi_items() if isinstance(v, UploadFile)]
+        files = dict(sent)
+        if len(files) < len(sent):
+            raise RequestError("a part is there twice", allowed="one file of each modality")
+        generator = for_scenes(served.generator, self._config)
+        parse(texts, {name: Path(name) for name in files}, generator)
+        # What a name may be is known now: modalities' names, and no path.
+        folder = place / UPLOADS
+        folder.mkdir(parents=True)
+        stored = 0
+        for name, upload in files.items():
+            stored += _save(upload.file, folder / name)
+            check_file(folder / name, generator.modality(name), generator)
+        store = self._open()
+        store.check_room(*limits, stored)
+        store.add(job_id, limits[0], texts, list(files), stored)
+
+    async def show(self, job_id: str, request: Request) -> JobInfo:
+        return _info(await self._get(job_id, request))
+
+    async def result(self, job_id: str, request: Request) -> Response:
+        job = await self._get(job_id, request)
+        if job.result is None:
+            raise HTTPException(409, f"the job is {job.state}, and has no result")
+        found: Mapping[str, Any] = job.result
+        path = self._folder / job.id / found["file"]
+        return FileResponse(
+            path, media_type=found["media_type"], filename=path.name, headers=found["headers"]
+        )
+
+    async def delete(self, job_id: str, request: Request) -> Response:
+        job = await self._get(job_id, request)
+        await asyncio.to_thread(self._open().delete, job.id)
+        if job.state is not JobState.RUNNING:  # else who works on it cleans up
+            await asyncio.to_thread(shutil.rmtree, self._folder / job.id, ignore_errors=True)
+        return Response(status_code=204)
+
+    async def _get(self, job_id: str, request: Request) -> Job:
+        """A job of the caller's; another's is not there."""
+        store = self._open()
+        job = await asyncio.to_thread(store.get, job_id, holder_of(request.scope))
+        if job is None:
+            raise HTTPException(404, "no such job; it may have expired")
+        return job
+
+    def _open(self) -> JobStore:
+        if self._store is None:
+            raise HTTPException(404, "this endpoint takes no jobs")
+        return self._store
+
+
+def _save(source: IO[bytes], path: Path) -> int:
+    source.seek(0)
+    with path.open("wb") as file:
+        shutil.copyfileobj(source, file, 2**20)
+        return file.tell()
+
+
+def _info(job: Job) -> JobInfo:
+    progress = job.done / job.work if job.work else 0.0
+    left = None
+    if job.state is JobState.RUNNING and progress > 0 and job.began_s is not None:
+        left = (time.time() - job.began_s) * (1 - progress) / progress
+    return JobInfo(
+        id=job.id,
+        state=job.state,
+        progress=1.0 if job.state is JobState.DONE else progress,
+        time_left_s=left,
+        attempt=job.attempt,
+        created_at=_time(job.created_s),
+        expires_at=None if job.expires_s is None else _time(job.expires_s),
+        problem=job.problem,
+    )
+
+
+def _time(seconds: float) -> dt.datetime:
+    return dt.datetime.fromtimestamp(seconds, dt.UTC)

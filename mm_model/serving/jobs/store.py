@@ -1,0 +1,254 @@
+"""Jobs in a database: SQLite, or PostgreSQL by URL.
+
+A job is held by the process that works on it for as long as that process says so, every few
+seconds. When it falls silent, whoever asks for work next begins the job anew. Every change is one
+conditional UPDATE, so that two processes never hold one job; their clocks must agree to a second or
+so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateTable
+
+from mm_model.api import JobState, Problem, problem_of
+from mm_model.errors import MMError, OverloadedError, ServiceError
+
+LEASE_S = 15.0
+"""Silence after which a job's process is taken for dead."""
+MAX_ATTEMPTS = 3
+"""A job whose process ended so often is taken to be the reason."""
+
+_TABLE = sa.Table(
+    "mm_jobs",
+    sa.MetaData(),
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("form", sa.Text, nullable=False),
+    sa.Column("files", sa.Text, nullable=False),
+    sa.Column("stored_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("began_s", sa.Float),
+    sa.Column("done", sa.BigInteger, nullable=False),
+    sa.Column("work", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("holder", sa.String(32), nullable=False),
+    sa.Column("lease_until_s", sa.Float, nullable=False),
+    sa.Column("expires_s", sa.Float),
+    sa.Column("problem", sa.Text),
+    sa.Column("result", sa.Text),
+)
+_C = _TABLE.c
+_UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row.
+
+    Attributes:
+        form: names and texts of the form's fields.
+        files: names of the modalities that were sent.
+        began_s: when the present attempt began, seconds since 1970.
+        done, work: windows that are computed, and all; 0 before it is known.
+        attempt: number of the present attempt, from 1.
+        problem: why it failed.
+        result: file name, media type and headers of what it made.
+    """
+
+    id: str
+    model: str
+    owner: str
+    state: JobState
+    form: list[tuple[str, str]]
+    files: list[str]
+    stored_bytes: int
+    created_s: float
+    began_s: float | None
+    done: int
+    work: int
+    attempt: int
+    holder: str
+    lease_until_s: float
+    expires_s: float | None
+    problem: Problem | None
+    result: dict[str, Any] | None
+
+
+class JobStore:
+    """The jobs of one model.
+
+    Args:
+        url: of the database, as SQLAlchemy takes it.
+        model: whose jobs these are.
+
+    Raises:
+        ServiceError: the database does not answer.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        self._model = model
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            with self._engine.begin() as connection:
+                if self._engine.dialect.name == "sqlite":
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                connection.execute(CreateTable(_TABLE, if_not_exists=True))
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            raise ServiceError(
+                "the jobs' database does not answer", got=type(error).__name__
+            ) from error
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def check_room(self, owner: str, max_jobs: int, max_bytes: int, more_bytes: int = 0) -> None:
+        """Raise OverloadedError if an owner has too many unfinished jobs, or too much stored."""
+        mine = (_C.model == self._model) & (_C.owner == owner)
+        jobs = sa.select(sa.func.count()).where(mine & _C.state.in_(_UNFINISHED))
+        stored = sa.select(sa.func.coalesce(sa.func.sum(_C.stored_bytes), 0)).where(mine)
+        with self._engine.connect() as connection:
+            count, total = connection.scalar(jobs), connection.scalar(stored)
+        if int(count or 0) >= max_jobs:
+            raise OverloadedError(
+                "too many jobs are unfinished",
+                got=count,
+                allowed=max_jobs,
+                remedy="wait for one, or cancel it with DELETE",
+            )
+        if int(total or 0) + more_bytes > max_bytes:
+            raise OverloadedError(
+                "jobs hold too many bytes",
+                got=int(total or 0) + more_bytes,
+                allowed=max_bytes,
+                remedy="delete jobs whose results you have",
+            )
+
+    def add(
+        self,
+        job_id: str,
+        owner: str,
+        form: Sequence[tuple[str, str]],
+        files: Sequence[str],
+        stored_bytes: int,
+    ) -> None:
+        """Queue a job."""
+        values = {
+            "id": job_id,
+            "model": self._model,
+            "owner": owner,
+            "state": JobState.QUEUED,
+            "form": json.dumps(form),
+            "files": json.dumps(files),
+            "stored_bytes": stored_bytes,
+            "created_s": time.time(),
+            **{"done": 0, "work": 0, "attempt": 0, "holder": "", "lease_until_s": 0.0},
+        }
+        with self._engine.begin() as connection:
+            connection.execute(_TABLE.insert().values(**values))
+
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """The job, if there is one; of this owner, if one is named."""
+        query = _TABLE.select().where((_C.id == job_id) & (_C.model == self._model))
+        if owner is not None:
+            query = query.where(_C.owner == owner)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else _job(row)
+
+    def claim(self, keep_s: float) -> Job | None:
+        """Hold the job that waited longest, or whose process fell silent; None if there is none."""
+        now, holder = time.time(), uuid.uuid4().hex
+        silent = (_C.state == JobState.RUNNING) & (_C.lease_until_s < now)
+        free = (_C.model == self._model) & ((_C.state == JobState.QUEUED) | silent)
+        with self._engine.connect() as connection:
+            query = sa.select(_C.id, _C.attempt).where(free).order_by(_C.created_s)
+            found = connection.execute(query).all()
+        for job_id, attempt in found:
+            if attempt >= MAX_ATTEMPTS:
+                self._give_up(job_id, free, keep_s)
+                continue
+            values = {
+                "state": JobState.RUNNING,
+                "holder": holder,
+                "attempt": attempt + 1,
+                "began_s": now,
+                "lease_until_s": now + LEASE_S,
+                **{"done": 0, "work": 0},
+            }
+            if self._update((_C.id == job_id) & free, values):
+                return self.get(job_id)
+        return None
+
+    def _give_up(self, job_id: str, free: sa.ColumnElement[bool], keep_s: float) -> None:
+        error = ServiceError(
+            "the process that worked on the job ended", got=f"{MAX_ATTEMPTS} times"
+        )
+        values = {"state": JobState.FAILED, "problem": problem_of(error).model_dump_json()}
+        self._update((_C.id == job_id) & free, {**values, "expires_s": time.time() + keep_s})
+
+    def renew(self, job: Job, done: int, work: int) -> bool:
+        """Say that the holder lives, and how far it is; false if it holds the job no more."""
+        values = {"lease_until_s": time.time() + LEASE_S, "done": done, "work": work}
+        return self._update(_held(job), values)
+
+    def release(self, job: Job) -> None:
+        """Let another process begin the job anew; the attempt does not count."""
+        values = {"state": JobState.QUEUED, "holder": "", "attempt": job.attempt - 1}
+        self._update(_held(job), values)
+
+    def finish(
+        self, job: Job, outcome: MMError | Mapping[str, Any], stored_bytes: int, keep_s: float
+    ) -> bool:
+        """Keep what came of a job; false if it was held no more, and nothing changed."""
+        values: dict[str, Any] = {"expires_s": time.time() + keep_s, "stored_bytes": stored_bytes}
+        if isinstance(outcome, MMError):
+            values |= {
+                "state": JobState.FAILED,
+                "problem": problem_of(outcome).model_dump_json(),
+            }
+        else:
+            values |= {"state": JobState.DONE, "result": json.dumps(outcome)}
+        return self._update(_held(job), values)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job; who works on it notices."""
+        with self._engine.begin() as connection:
+            connection.execute(_TABLE.delete().where(_C.id == job_id))
+
+    def expired(self) -> list[str]:
+        """Jobs whose time is over."""
+        query = sa.select(_C.id).where((_C.model == self._model) & (_C.expires_s < time.time()))
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    def _update(self, where: sa.ColumnElement[bool], values: Mapping[str, Any]) -> bool:
+        with self._engine.begin() as connection:
+            return connection.execute(_TABLE.update().where(where).values(**values)).rowcount == 1
+
+
+def _held(job: Job) -> sa.ColumnElement[bool]:
+    return (_C.id == job.id) & (_C.state == JobState.RUNNING) & (_C.holder == job.holder)
+
+
+def _job(row: Mapping[Any, Any]) -> Job:
+    problem, result = row["problem"], row["result"]
+    return Job(
+        **{
+            **row,
+            "state": JobState(row["state"]),
+            "form": [(name, text) for name, text in json.loads(row["form"])],
+            "files": json.loads(row["files"]),
+            "problem": None if problem is None else Problem.model_validate_json(problem),
+            "result": None if result is None else json.loads(result),
+        }
+    )

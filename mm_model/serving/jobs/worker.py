@@ -1,0 +1,202 @@
+"""One job at a time, in a thread of a replica: uploads to copies, copies to a scene, a scene to one
+file.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mm_model.config import JobsConfig
+from mm_model.errors import MMError
+from mm_model.serving.batching import ModelSource, Served
+from mm_model.serving.copies import copy_file
+from mm_model.serving.generator import Generator
+from mm_model.serving.jobs.store import LEASE_S, Job, JobStore
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.results import pack
+from mm_model.serving.scenes import write_scene
+from mm_model.serving.uploads import JOB_FIELDS, Part, read_scene_request
+
+UPLOADS = "uploads"
+"""Below a job's folder: what was sent, as it came."""
+
+_LOG = logging.getLogger(__name__)
+_LOOK_S = 1.0  # between looks for work, and how soon a cancelled job ends
+_STOP_S = 10.0
+_OLD_S = 6 * 3600.0  # longer than an upload takes
+
+
+class _LostError(Exception):
+    """The job is cancelled, or held by another process; or this one ends."""
+
+
+class Worker:
+    """Works off jobs until it is closed.
+
+    Args:
+        store: where they are.
+        folder: what they hold, a folder for each; every replica sees the same.
+        source: says which model serves when a job begins.
+        config: how long results are kept, and how large scenes may be.
+    """
+
+    def __init__(
+        self, store: JobStore, folder: Path, source: ModelSource, config: JobsConfig
+    ) -> None:
+        self._store, self._folder, self._source, self._config = store, folder, source, config
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to work; does nothing where that has begun."""
+        with self._lock:
+            if self._thread is None:
+                self._ending.clear()
+                self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop between two windows; the job is left to others."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ending.set()
+            thread.join(_STOP_S)
+
+    def _loop(self) -> None:
+        keep_s = self._config.keep_hours * 3600
+        self._sweep()
+        while not self._ending.wait(_LOOK_S):
+            try:
+                for job_id in self._store.expired():
+                    self._store.delete(job_id)
+                    shutil.rmtree(self._folder / job_id, ignore_errors=True)
+                served = self._source.served
+                job = self._store.claim(keep_s) if served is not None else None
+                if job is not None and served is not None:
+                    self._work(job, served, keep_s)
+            except Exception:  # a database that is away comes back; the thread must be there then
+                _LOG.exception("jobs are not worked off")
+
+    def _work(self, job: Job, served: Served, keep_s: float) -> None:
+        place = self._folder / job.id
+        # An attempt before this one may still be writing.
+        folder = place / f"{job.attempt}-{job.holder[:8]}"
+        outcome: MMError | dict[str, object]
+        try:
+            with _Held(self._store, job, self._ending) as held:
+                outcome = self._answer(job, served, place, folder, held)
+        except _LostError:
+            shutil.rmtree(folder, ignore_errors=True)
+            if self._ending.is_set():
+                self._store.release(job)
+            self._clean(job)
+            return
+        except MMError as error:
+            outcome = error
+        except Exception as error:
+            _LOG.exception("job %s", job.id)
+            outcome = MMError(f"internal error ({type(error).__name__})")
+        if isinstance(outcome, MMError):
+            shutil.rmtree(folder, ignore_errors=True)
+        size = sum(p.stat().st_size for p in folder.glob("*")) if folder.is_dir() else 0
+        if self._store.finish(job, outcome, size, keep_s):
+            shutil.rmtree(place / UPLOADS, ignore_errors=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._clean(job)
+
+    def _clean(self, job: Job) -> None:
+        """Remove what a job that was deleted has left."""
+        if self._store.get(job.id) is None:
+            shutil.rmtree(self._folder / job.id, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what uploads and jobs left whose process was killed."""
+        for place in self._folder.iterdir():
+            is_old = place.is_dir() and time.time() - place.stat().st_mtime > _OLD_S
+            if is_old and self._store.get(place.name) is None:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _answer(
+        self, job: Job, served: Served, place: Path, folder: Path, held: _Held
+    ) -> dict[str, object]:
+        generator = for_scenes(served.generator, self._config)
+        request = parse(job.form, {name: place / UPLOADS / name for name in job.files}, generator)
+        copies = folder / "copies"
+        copies.mkdir(parents=True, exist_ok=True)
+        for name in job.files:
+            upload, modality = place / UPLOADS / name, generator.modality(name)
+            copy_file(upload, modality, generator, copies / f"{name}.tif", held.check)
+        request = replace(request, observed={n: copies / f"{n}.tif" for n in job.files})
+        written = write_scene(generator, request, served.identity, folder, held.tell)
+        shutil.rmtree(copies)
+        path, media_type, provenance = pack(written, list(generator.modalities.values()))
+        for part in written:
+            if part != path:
+                part.unlink()
+        return {
+            "file": str(path.relative_to(place)),
+            "media_type": media_type,
+            "headers": provenance.headers(),
+        }
+
+
+class _Held:
+    """Says that the job's holder lives while the block runs."""
+
+    def __init__(self, store: JobStore, job: Job, ending: threading.Event) -> None:
+        self._store, self._job, self._ending = store, job, ending
+        self._over, self._lost = threading.Event(), threading.Event()
+        self._at = (0, 0)
+        self._thread = threading.Thread(target=self._renew, name="job held", daemon=True)
+
+    def __enter__(self) -> _Held:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        if self._lost.is_set() or self._ending.is_set():
+            raise _LostError
+
+    def tell(self, done: int, work: int) -> None:
+        self._at = (done, work)
+        self.check()
+
+    def _renew(self) -> None:
+        while not self._over.wait(min(_LOOK_S, LEASE_S / 4)):
+            try:
+                if not self._store.renew(self._job, *self._at):
+                    self._lost.set()
+                    return
+            except Exception:  # until the lease is over, the database may come back
+                _LOG.exception("job %s: the database is away", self._job.id)
+
+
+def for_scenes(generator: Generator, config: JobsConfig) -> Generator:
+    """The same generator, for larger images."""
+    larger = copy.copy(generator)
+    larger.max_side_px = config.max_side_px
+    return larger
+
+
+def parse(
+    form: Sequence[tuple[str, str]], files: dict[str, Path], generator: Generator
+) -> SceneRequest:
+    """The request of a job's form and files; raises RequestError if they make none."""
+    parts = [Part(name, text) for name, text in form]
+    parts += [Part(name, path) for name, path in files.items()]
+    request, _ = read_scene_request(parts, JOB_FIELDS, generator)
+    return request

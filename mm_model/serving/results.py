@@ -1,0 +1,55 @@
+"""What `write_scene` wrote, as one file to be sent."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_model.api import MANIFEST, SIDECAR, TIFF, ZIP, Manifest, ManifestFile, Provenance
+from mm_model.data import raster
+from mm_model.modalities import Modality
+from mm_model.serving.answers import ZIP_DATE, encode_record
+
+ZIP_NAME = "generated.zip"
+
+
+def pack(paths: Sequence[Path], targets: Sequence[Modality]) -> tuple[Path, str, Provenance]:
+    """A lone GeoTIFF as it is, several in a zip beside them with a `manifest.json`.
+
+    Args:
+        paths: of the GeoTIFFs, in one folder; their names begin as `write_scene` has them begin.
+        targets: what they are of.
+
+    Returns:
+        The file, its media type, and how it was made.
+    """
+    header = raster.read_header(paths[0])
+    provenance = Provenance.from_tags(header.tags)
+    if len(paths) == 1:
+        return paths[0], TIFF, provenance
+    files = []
+    for path in paths:
+        (name,) = (m.name for m in targets if path.stem.partition("_")[0] == m.name)
+        rest = path.stem.removeprefix(name).lstrip("_")
+        number = int(rest or 0) if rest != "uncertainty" else None
+        files.append(ManifestFile(name=path.name, modality=name, sample=number))
+    grid = header.grid
+    manifest = Manifest(
+        provenance=provenance,
+        crs=grid.crs,
+        transform=grid.transform,
+        height=grid.height,
+        width=grid.width,
+        files=tuple(files),
+    )
+    packed = paths[0].with_name(ZIP_NAME)
+    with zipfile.ZipFile(packed, "w") as archive:  # stored: the GeoTIFFs are compressed already
+        archive.writestr(zipfile.ZipInfo(MANIFEST, ZIP_DATE), encode_record(manifest))
+        beside = [path.with_name(path.name + SIDECAR) for path in paths]
+        for path in [*paths, *filter(Path.is_file, beside)]:
+            entry = zipfile.ZipInfo(path.name, ZIP_DATE)
+            with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as into:
+                shutil.copyfileobj(source, into, 2**20)
+    return packed, ZIP, provenance

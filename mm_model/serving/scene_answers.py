@@ -1,0 +1,81 @@
+"""Requests that are answered by what `write_scene` writes, within one request's limits."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_model.api import Provenance
+from mm_model.errors import RequestError
+from mm_model.serving.answers import Answer
+from mm_model.serving.batching import Batcher, Served
+from mm_model.serving.copies import copy_uploads
+from mm_model.serving.decoders import DecoderPool
+from mm_model.serving.generator import Check
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.results import pack
+from mm_model.serving.scenes import write_scene
+from mm_model.serving.uploads import FILL_FIELDS, Part, read_scene_request
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    served: Served
+    request: SceneRequest
+    folder: Path
+
+    @property
+    def batch_key(self) -> Hashable:
+        return self  # it shares a batch with nothing else
+
+
+async def answer_scene(
+    parts: Sequence[Part],
+    fields: Mapping[str, str],
+    served: Served,
+    decoders: DecoderPool,
+    batcher: Batcher,
+) -> tuple[Answer, Provenance]:
+    """The answer to a form; cancelling this call ends the work between two windows.
+
+    Raises:
+        RequestError: what is wrong with the form; one of the subclasses where there is one.
+    """
+    with tempfile.TemporaryDirectory(prefix="mm-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        request = await asyncio.to_thread(_copied, parts, fields, served, decoders, folder)
+        work = _Work(served, request, folder / "out")
+        return await batcher.submit(_answer, work)
+
+
+def _copied(
+    parts: Sequence[Part],
+    fields: Mapping[str, str],
+    served: Served,
+    decoders: DecoderPool,
+    folder: Path,
+) -> SceneRequest:
+    request, files = read_scene_request(parts, fields, served.generator)
+    if fields is FILL_FIELDS and request.fill is None:
+        raise RequestError("field fill is missing", allowed="the layer to be filled")
+    contents = {name: content for name, content in files.items() if isinstance(content, bytes)}
+    if not contents:
+        return request
+    with decoders.decoder() as decoder:
+        return copy_uploads(request, contents, served.generator, decoder, folder)
+
+
+def _answer(works: Sequence[_Work], check: Check) -> list[tuple[Answer, Provenance]]:
+    return [_answer_one(work, check) for work in works]
+
+
+def _answer_one(work: _Work, check: Check) -> tuple[Answer, Provenance]:
+    generator = work.served.generator
+    written = write_scene(
+        generator, work.request, work.served.identity, work.folder, lambda *_: check()
+    )
+    path, media_type, provenance = pack(written, list(generator.modalities.values()))
+    return Answer(path.read_bytes(), media_type, path.name), provenance

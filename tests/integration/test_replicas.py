@@ -1,0 +1,190 @@
+"""Two replicas on a real Ray Serve, seen from outside; without MLflow they serve what they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from mm_model.adapters import environment
+from mm_model.api import ModelIdentity
+from mm_model.bundle import save_bundle
+from mm_model.client import Client
+from mm_model.data.raster import read_raster
+from mm_model.errors import MMError
+
+sys.path.append(str(Path(__file__).parents[1] / "unit/serving"))
+from serving_fixtures import geotiff, make_bundle, serve_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+MODEL = "twins"
+CALLERS = 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project whose cache holds a last good version, and Ray with the endpoint's two replicas."""
+    import ray
+    from ray import serve
+    from ray.serve.context import _set_global_client
+
+    _set_global_client(None)  # of the Ray that an earlier module has shut down
+    folder = tmp_path_factory.mktemp("project")
+    ray_dir = Path(f"/tmp/mm-r{os.getpid()}")  # short: Ray puts sockets below it
+    cache = folder / "var/serving" / MODEL
+    cache.mkdir(parents=True)
+    bundle = make_bundle()
+    save_bundle(cache / "1", bundle.model, bundle.manifest)
+    record = ModelIdentity(name=MODEL, version="1").model_dump_json()
+    (cache / "last-good.json").write_text(record)
+    ours = {
+        "MM_PROJECT": str(folder),
+        "MM_ENDPOINT_PORT": str(free_port()),
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ours.items():
+            patch.setenv(name, value)
+        for name, value in environment.service_environment().items():
+            patch.setenv(name, value)  # Ray's own processes need some of it
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, dashboard_port=free_port(),
+            _temp_dir=str(ray_dir), log_to_driver=False,
+        )  # fmt: skip
+        try:
+            from mm_model.adapters.ray_serve import deploy
+
+            deploy(serve_config(replicas=2, route_prefix="/twins", alias_poll_s=5), MODEL)
+            with Client(url()) as client:
+                client.wait_ready(120)
+            wait_for_both()
+            yield folder
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def wait_for_both() -> None:
+    """A replica is asked as soon as it runs, and loads its model then; one alone says little."""
+    ready, give_up = 0, time.monotonic() + 120
+    with httpx.Client() as http:
+        while ready < 20:
+            assert time.monotonic() < give_up
+            ready = ready + 1 if http.get(f"{url()}/readyz").status_code == 200 else 0
+            time.sleep(0.05)
+
+
+def url() -> str:
+    return f"{environment.endpoint_url()}/twins"
+
+
+def replica_pids() -> list[int]:
+    from ray.serve.context import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    replicas = details["applications"][MODEL]["deployments"]["endpoint"]["replicas"]
+    return [r["pid"] for r in replicas if r["state"] == "RUNNING"]
+
+
+def answered(page: str) -> dict[str, float]:
+    """Replica → requests to generate that it has answered."""
+    return {
+        s.labels["replica"]: s.value
+        for family in text_string_to_metric_families(page)
+        for s in family.samples
+        if s.name == "mm_requests_total" and s.labels["operation"] == "generate"
+    }
+
+
+def test_replicas_are_seen_as_one_and_a_request_is_found_by_its_id(project):
+    # Ray's proxy would give up at once if it took this header for an order.
+    impatient = {"X-Request-Timeout-Seconds": "0.000001"}
+    field = {"width": (None, b"16"), "height": (None, b"20"), "steps": (None, b"1")}
+    ids = [f"asked-{k}" for k in range(30)]
+    with httpx.Client(timeout=60) as http:
+        for request_id in ids:
+            headers = {"X-Request-ID": request_id, **impatient}
+            answer = http.post(f"{url()}/v1/generate", files=field, headers=headers)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers.get_list("x-request-id") == [request_id]
+        made = http.get(f"{url()}/healthz", headers={"X-Request-ID": "two words"})
+        (request_id,) = made.headers.get_list("x-request-id")
+        assert len(request_id) == 32
+        # What the proxy itself answers has an id, too.
+        nowhere = http.get(f"{environment.endpoint_url()}/nowhere")
+        assert nowhere.status_code == 404
+        assert len(nowhere.headers.get_list("x-request-id")) == 1
+        pages = [http.get(f"{url()}/metrics").text for _ in range(6)]
+    for page in pages:  # whichever is asked
+        assert len(answered(page)) == 2
+        assert sum(answered(page).values()) == len(ids)
+    logs = list((project / "var/log/replicas").glob(f"replica_{MODEL}_*.log"))
+    assert len(logs) == 2
+    lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+    found = [line for line in lines if line.get("request_id") == ids[7]]
+    (audit,) = [line for line in found if line["message"] == "answered"]
+    assert audit["path"] == "/v1/generate"
+    assert audit["status"] == 200
+    assert audit["replica"] in answered(pages[0])
+
+
+def test_clients_lose_no_request_when_a_replica_is_killed(project):
+    over, answers, errors = threading.Event(), [], []
+    sar = geotiff("sar")
+
+    def ask(seed: int) -> None:
+        with Client(url()) as client:
+            while not over.is_set():
+                try:
+                    made = client.generate({"sar": sar}, ["dem"], steps=4, seed=seed)
+                    answers.append((seed, made.files["dem.tif"]))
+                except MMError as error:
+                    errors.append(error)
+
+    callers = [threading.Thread(target=ask, args=(seed,)) for seed in range(CALLERS)]
+    for caller in callers:
+        caller.start()
+    try:
+        wait_until(lambda: len(answers) > 20)
+        before, seen = replica_pids(), len(answers)
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: len(set(replica_pids()) - {before[0]}) == 2)
+        wait_until(lambda: len(answers) > seen + 20)
+    finally:
+        over.set()
+        for caller in callers:
+            caller.join()
+    assert errors == []
+    # A draw is a function of its seed: what was asked again is what it would have been. (Up to how
+    # a processor rounds a batch of another size: elevation of hundreds of metres, in millimetres.)
+    for seed in range(CALLERS):
+        first, *others = (read_raster(file).values for n, file in set(answers) if n == seed)
+        for other in others:
+            np.testing.assert_allclose(other, first, atol=1e-2, rtol=0)
+
+
+def wait_until(is_so, seconds: float = 180) -> None:
+    give_up = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)

@@ -1,0 +1,221 @@
+"""Long jobs: the interface over ASGI, with a real model, database and files."""
+
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from serving_fixtures import ask, form, geotiff, make_layer, make_source, refused, serve_config
+
+from mm_model.api import JobInfo, JobState, Provenance
+from mm_model.client import Client
+from mm_model.data import raster
+from mm_model.errors import OverloadedError, RequestError
+from mm_model.geo.grid import Grid
+from mm_model.modalities import MODALITIES
+from mm_model.serving.access import KeyScope, new_key, parse_keys
+from mm_model.serving.app import build_app
+from mm_model.serving.jobs import store as job_store
+from mm_model.serving.jobs.routes import JobsPlace
+from mm_model.serving.jobs.store import JobStore
+from mm_model.serving.jobs.worker import Worker
+from mm_model.serving.requests import SceneRequest
+from mm_model.serving.scenes import write_scene
+
+SOURCE = make_source(max_side_px=96)
+CONFIG = serve_config(max_side_px=96)
+# Larger than one request may be, and than a strip that is copied at once.
+GRID = Grid("EPSG:32633", (10.0, 0.0, 500_030.0, 0.0, -10.0, 4_999_950.0), 300, 44)
+
+
+def endpoint(folder: Path, **more):
+    return build_app(SOURCE, CONFIG, jobs=JobsPlace(folder, model="mm-test"), **more)
+
+
+def create(app, files=None, headers=None, **fields):
+    (response,) = ask(app, form(files, headers, "/v1/jobs", **{"steps": 1, **fields}))
+    return response
+
+
+def get(app, path, method="GET", headers=None):
+    (response,) = ask(app, (method, path, {"headers": headers or {}}))
+    return response
+
+
+def ended(app, job_id: str) -> JobInfo:
+    give_up = time.monotonic() + 240
+    while True:
+        job = JobInfo.model_validate_json(get(app, f"/v1/jobs/{job_id}").content)
+        if job.state in (JobState.DONE, JobState.FAILED):
+            return job
+        assert time.monotonic() < give_up, job
+        time.sleep(0.2)
+
+
+def library(folder: Path, contents: dict[str, bytes], **asked) -> bytes:
+    folder.mkdir()
+    files = {name: folder / f"in_{name}.tif" for name in contents}
+    for name, content in contents.items():
+        files[name].write_bytes(content)
+    request = SceneRequest(files, **{"steps": 1, **asked})
+    larger = make_source(max_side_px=2048).served
+    (path,) = write_scene(larger.generator, request, larger.identity, folder / "out")
+    return path.read_bytes()
+
+
+def test_a_job_makes_of_a_large_scene_what_the_library_makes(tmp_path):
+    app, sar = endpoint(tmp_path / "jobs"), geotiff("sar", GRID)
+    response = create(app, {"sar": sar}, target="dem", seed=3)
+    assert response.status_code == 201, response.text
+    job = JobInfo.model_validate_json(response.content)
+    path = f"/v1/jobs/{job.id}"
+    assert response.headers["location"] == path
+    done = ended(app, job.id)
+    assert (done.state, done.progress, done.problem, done.attempt) == (JobState.DONE, 1, None, 1)
+    result = get(app, f"{path}/result")
+    assert result.content == library(tmp_path / "lib", {"sar": sar}, targets=("dem",), seed=3)
+    assert Provenance.from_headers(result.headers).seed == 3
+    assert not (tmp_path / "jobs" / job.id / "uploads").exists()
+    assert get(app, path, "DELETE").status_code == 204
+    refused(get(app, path), 404, "request")
+    assert not (tmp_path / "jobs" / job.id).exists()
+
+
+def test_what_is_wrong_is_said_at_once_or_by_the_job(tmp_path):
+    app = endpoint(tmp_path / "jobs")
+    sar = geotiff("sar", GRID)
+    refused(create(app, {"sar": sar}, target="sar"), 422, "request")
+    refused(create(app, {"sar": geotiff("rgb", GRID)}, target="dem"), 422, "layer")
+    refused(create(app, {"sar": b"no TIFF"}, target="dem"), 415, "media_type")
+    refused(create(app, {"../sar": sar}, target="dem"), 422, "unknown_modality")
+    assert [p.name for p in (tmp_path / "jobs").iterdir() if p.is_dir()] == []
+    layer = make_layer("sar", GRID)
+    power = raster.encode_geotiff(
+        10 ** (layer.values / 10), GRID, MODALITIES["sar"].band_names, nodata=None, tags={}
+    )
+    job = ended(app, create(app, {"sar": power}, target="dem").json()["id"])
+    assert job.state is JobState.FAILED
+    assert "linear power" in job.problem.remedy
+    refused(get(app, f"/v1/jobs/{job.id}/result"), 409, "request")
+    refused(create(app, {"sar": sar[: len(sar) // 2]}, target="dem"), 415, "media_type")
+
+
+def test_jobs_belong_to_keys(tmp_path):
+    one, line_one = new_key("one", frozenset({KeyScope.GENERATE}))
+    two, line_two = new_key("two", frozenset({KeyScope.GENERATE}))
+    app = endpoint(tmp_path / "jobs", keys=parse_keys(f"{line_one}\n{line_two}", "keys"))
+    mine, other = ({"Authorization": f"Bearer {key}"} for key in (one, two))
+    job = create(app, {}, mine, target="dem", width=16, height=16).json()
+    path = f"/v1/jobs/{job['id']}"
+    assert get(app, path, headers=mine).status_code == 200
+    for method, below in (("GET", path), ("GET", f"{path}/result"), ("DELETE", path)):
+        refused(get(app, below, method, other), 404, "request")
+        refused(get(app, below, method), 401, "unauthenticated")
+
+
+@pytest.fixture
+def store(tmp_path):
+    found = JobStore(f"sqlite:///{tmp_path}/jobs.db", "mm-test")
+    yield found
+    found.close()
+
+
+def test_a_job_is_held_by_one_and_passed_on_when_that_one_falls_silent(store, monkeypatch):
+    store.add("a" * 32, "", [("seed", "1")], [], 0)
+    monkeypatch.setattr(job_store, "LEASE_S", -1.0)  # it is over as soon as it begins
+    first = store.claim(60)
+    second = store.claim(60)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert not store.renew(first, 1, 2)
+    assert not store.finish(first, {"file": "first"}, 1, 60)
+    assert store.renew(second, 1, 2)
+    monkeypatch.undo()
+    assert store.renew(second, 1, 2)
+    assert store.claim(60) is None
+    assert store.finish(second, {"file": "second"}, 1, 60)
+    assert store.get("a" * 32).result == {"file": "second"}
+
+
+def test_a_job_that_ends_every_process_is_given_up(store, monkeypatch):
+    store.add("b" * 32, "", [], [], 0)
+    monkeypatch.setattr(job_store, "LEASE_S", -1.0)
+    assert [store.claim(60).attempt for _ in range(job_store.MAX_ATTEMPTS)] == [1, 2, 3]
+    assert store.claim(60) is None
+    assert store.get("b" * 32).state is JobState.FAILED
+
+
+def test_there_is_room_for_so_many_jobs_and_bytes_of_each_owner(store):
+    store.add("c" * 32, "one", [], [], 100)
+    with pytest.raises(OverloadedError, match="unfinished"):
+        store.check_room("one", 1, 1000)
+    with pytest.raises(OverloadedError, match="bytes"):
+        store.check_room("one", 2, 150, 51)
+    store.check_room("one", 2, 150, 50)
+    store.check_room("two", 1, 100)
+
+
+def test_what_one_worker_leaves_the_next_one_does(tmp_path, store):
+    folder, jobs = tmp_path / "files", CONFIG.jobs
+    fields = [("target", "dem"), ("width", "400"), ("height", "400"), ("steps", "2")]
+    store.add("d" * 32, "", fields, [], 0)
+    folder.mkdir()
+    first = Worker(store, folder, SOURCE, jobs)
+    first.start()
+    while store.get("d" * 32).done == 0:
+        time.sleep(0.05)
+    first.close()
+    left = store.get("d" * 32)
+    assert (left.state, left.attempt) == (JobState.QUEUED, 0)
+    second = Worker(store, folder, SOURCE, jobs)
+    second.start()
+    try:
+        while store.get("d" * 32).state is not JobState.DONE:
+            time.sleep(0.1)
+        store.delete("d" * 32)
+    finally:
+        second.close()
+
+
+def test_a_deleted_job_ends_and_leaves_nothing(tmp_path):
+    app = endpoint(tmp_path / "jobs")
+    made = create(app, {}, target="dem", width=2000, height=2000, steps=64).json()
+    path = f"/v1/jobs/{made['id']}"
+    give_up = time.monotonic() + 60
+    while get(app, path).json()["state"] == "queued":
+        assert time.monotonic() < give_up
+    assert get(app, path, "DELETE").status_code == 204
+    while (tmp_path / "jobs" / made["id"]).exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.2)
+    refused(get(app, path), 404, "request")
+
+
+class InProcess(httpx.BaseTransport):
+    """The real application behind a synchronous client."""
+
+    def __init__(self, app):
+        self._app = app
+
+    def handle_request(self, request):
+        request.read()
+        headers = {k: v for k, v in request.headers.items() if k != "host"}
+        sent = {"content": request.content, "headers": headers}
+        (answer,) = ask(self._app, (request.method, request.url.path, sent))
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+
+def test_the_client_fills_and_keeps_jobs(tmp_path):
+    app, dem = endpoint(tmp_path / "jobs"), tmp_path / "holes.tif"
+    dem.write_bytes(geotiff("dem"))
+    with Client("http://test", transport=InProcess(app)) as client:
+        filled = client.fill("dem", {"dem": dem}, seed=2, steps=1)
+        job = client.start_job({"dem": dem}, fill="dem", seed=2, steps=1)
+        while client.job(job.id).state is not JobState.DONE:
+            time.sleep(0.2)
+        path = client.save_result(job.id, tmp_path / "out")
+        assert {path.name: path.read_bytes()} == filled.files
+        client.delete_job(job.id)
+        with pytest.raises(RequestError, match="no such job"):
+            client.job(job.id)
+        with pytest.raises(RequestError, match="no such job"):
+            client.save_result(job.id, tmp_path / "out")
