@@ -11,7 +11,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from mm_model.bundle import MANIFEST, WEIGHTS, Manifest, load_bundle, load_manifest, save_bundle
+from mm_model.bundle import (
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    load_bundle,
+    load_manifest,
+    save_bundle,
+)
 from mm_model.codec import Codec
 from mm_model.config import load_params
 from mm_model.errors import BundleError
