@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.nn.blocks import FINE_STRIDE, TimeFeatures, fold, to_image, to_tokens, unfold, zero_
-from mm_model.nn.pixels import PixelNetworks, Sureness
+from mm_model.nn.pixels import PixelNetworks, Sureness, uncorrelated
 
 
 class Added(nn.Module):
@@ -54,6 +54,7 @@ class Added(nn.Module):
         owner = torch.zeros(channels, dtype=torch.long)
         self.pixel_networks = PixelNetworks(len(first), modalities, owner)
         self.sureness = Sureness(modalities, decoder_width, channels)
+        self.mixing = uncorrelated(channels)
 
     def encoder_input(self, x: Tensor, mask: Tensor) -> Tensor:
         """What the encoder's first features gain: [B, width, H/4, W/4].

@@ -24,7 +24,7 @@ from mm_model.nn.blocks import (
     unfold,
     zero_,
 )
-from mm_model.nn.pixels import PixelNetworks, Sureness, Waves
+from mm_model.nn.pixels import PixelNetworks, Sureness, Waves, uncorrelated
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
@@ -100,6 +100,7 @@ class Decoder(nn.Module):
         self.pooled_waves = nn.Linear(self.waves.width, width)
         self.pixel_networks = PixelNetworks(channels, modalities, owner)
         self.sureness = Sureness(modalities, width, channels)
+        self.mixing = uncorrelated(channels)
 
     owner: Tensor
 
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
         """Expected clean values or logits, how sure they are, and those of pixels alone.
 
         Args:
-            x: [B, C, H, W]: clean where present, at time t and scaled by `posterior.gain` where
+            x: [B, C, H, W]: clean where present, at time t and scaled by `posterior.wiener` where
                 wanted, 0 elsewhere.
             t: [B, M] in [0, 1], the time of each modality; ignored where it is not wanted.
             present: bool [B, M, H, W], the pixels that are observed.

@@ -242,7 +242,7 @@ class SceneModel(nn.Module):
         """What everything but x_t as a measurement tells; arguments as in `decode`."""
         noisy = self.channelwise(wanted)
         times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
-        shown = torch.where(noisy, posterior.gain(times, posterior.DATA_VARIANCE) * x, x)
+        shown = torch.where(noisy, posterior.wiener(times, posterior.DATA_VARIANCE) * x, x)
         return self.decoder(  # type: ignore[no-any-return]
             shown, t, present, wanted, z, conditions, self.added.values()
         )
@@ -253,7 +253,23 @@ class SceneModel(nn.Module):
         times = self.channelwise(t)[:, :, None, None]
         x_t = torch.where(noisy, x, 0)
         scales = context.log_scales.exp()
-        return posterior.with_measurement(context.mean, scales, x_t, times, noisy, self.is_class)
+        # Block by block: what is learnt later changes no digit of what is there.
+        made, first = [], 0
+        for mixing in (self.decoder.mixing, *(one.mixing for one in self.added.values())):
+            own = slice(first, first + mixing.shape[1])
+            made.append(
+                posterior.with_measurement(
+                    context.mean[:, own],
+                    scales[:, own],
+                    mixing,
+                    x_t[:, own],
+                    times[:, own],
+                    noisy[:, own],
+                    self.is_class[own],
+                )
+            )
+            first = own.stop
+        return torch.cat(made, 1)
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""

@@ -124,3 +124,8 @@ class Sureness(nn.Module):
         found = F.interpolate(found, scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False)
         scales = scales.unflatten(1, (self.channels, -1))
         return found.clamp(*_LOG_VARIANCE), scales.clamp(*_LOG_SCALES)
+
+
+def uncorrelated(channels: int) -> nn.Parameter:
+    """`mixing` of `posterior.with_measurement` to begin with, [scales, C, C]."""
+    return nn.Parameter(torch.eye(channels).repeat(len(SCALES_PX), 1, 1))

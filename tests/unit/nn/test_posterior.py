@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_model.nn.posterior import SCALE_VARIANCES, SCALES_PX, gain, with_measurement
+from mm_model.nn.posterior import SCALE_VARIANCES, SCALES_PX, gain, wiener, with_measurement
 
 SHAPE = (2, 3, 48, 80)
 EVERYWHERE = torch.ones(SHAPE, dtype=torch.bool)
@@ -22,7 +22,11 @@ def posterior_mean(
     mean: Tensor, variances: list[float], x_t: Tensor, t: float, where: Tensor = EVERYWHERE
 ) -> Tensor:
     scales = (torch.tensor(variances) / torch.tensor(SCALE_VARIANCES)).expand(2, 3, -1)
-    return with_measurement(mean, scales, x_t, torch.full((2, 3, 1, 1), t), where, VALUES)
+    return with_measurement(mean, scales, alone(3), x_t, torch.full((2, 3, 1, 1), t), where, VALUES)
+
+
+def alone(channels: int) -> Tensor:
+    return torch.eye(channels).repeat(len(SCALES_PX), 1, 1)
 
 
 def posterior_logits(weights: list[float], x_t: Tensor, t: float) -> Tensor:
@@ -30,6 +34,7 @@ def posterior_logits(weights: list[float], x_t: Tensor, t: float) -> Tensor:
     return with_measurement(
         torch.zeros_like(x_t),
         torch.tensor(weights).expand(len(x_t), classes, -1),
+        alone(classes),
         x_t,
         torch.full((len(x_t), classes, 1, 1), t),
         torch.ones_like(x_t, dtype=torch.bool),
@@ -48,8 +53,8 @@ def test_with_one_variance_it_is_the_mean_of_two_gaussians(t: float) -> None:
 
 def test_a_perfect_measurement_is_the_answer() -> None:
     truth = drawn(2)
-    made = posterior_mean(drawn(3), [1.0] * len(SCALES_PX), truth * 0.999, 0.999)
-    torch.testing.assert_close(made, truth, rtol=1e-3, atol=1e-3)
+    made = posterior_mean(drawn(3), [1.0] * len(SCALES_PX), truth * 0.99, 0.99)
+    torch.testing.assert_close(made, truth, rtol=0, atol=0.01)
 
 
 def test_the_level_of_a_field_is_known_before_its_pixels_are() -> None:
@@ -77,7 +82,25 @@ def test_what_is_not_measured_keeps_its_expectation_and_says_nothing() -> None:
 
 def test_gain_is_of_wiener() -> None:
     t = torch.tensor([0.0, 0.5, 1.0])
-    torch.testing.assert_close(gain(t, 1.0), torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(wiener(t, 1.0), torch.tensor([0.0, 1.0, 1.0]))
+
+
+def test_channels_that_depart_together_are_told_by_each_other() -> None:
+    """Against the posterior of a Gaussian vector, seen with noise of its own in each channel."""
+    source = torch.Generator().manual_seed(13)
+    mixing = torch.randn(len(SCALES_PX), 3, 3, generator=source)
+    scales = torch.rand(1, 3, len(SCALES_PX), generator=source) + 0.2
+    t = torch.tensor([[0.6, 0.0, 0.9]])
+    made = gain(t, scales, mixing, torch.zeros(3, dtype=torch.bool))[0, 1]
+    correlation = mixing[1] @ mixing[1].T
+    correlation = correlation / correlation.diagonal().outer(correlation.diagonal()).sqrt()
+    spread = (scales[0, :, 1] * SCALE_VARIANCES[1]).sqrt()
+    covariance = correlation * spread.outer(spread)
+    precision = torch.linalg.inv(covariance) + torch.diag(t[0] ** 2 / (1 - t[0]) ** 2)
+    expected = torch.linalg.inv(precision) @ torch.diag(t[0] / (1 - t[0]) ** 2)
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
+    assert made[1, 0].abs() > 0.01
+    assert not made[:, 1].any()
 
 
 def test_classes_gain_the_likelihood_of_what_was_measured() -> None:
