@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -255,8 +255,9 @@ class SceneModel(nn.Module):
         scales = context.log_scales.exp()
         # Block by block: what is learnt later changes no digit of what is there.
         made, first = [], 0
-        for mixing in (self.decoder.mixing, *(one.mixing for one in self.added.values())):
-            own = slice(first, first + mixing.shape[1])
+        heads = cast("list[Decoder | Added]", [self.decoder, *self.added.values()])
+        for mixing in (head.mixing for head in heads):
+            own = slice(first, first + len(mixing[0]))
             made.append(
                 posterior.with_measurement(
                     context.mean[:, own],
