@@ -3,6 +3,7 @@
 What the store promises is tested with SQLite, and with a PostgreSQL where its server is installed.
 """
 
+import asyncio
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ import pytest
 from serving_fixtures import ask, form, geotiff, make_layer, make_source, refused, serve_config
 
 from mm_model.api import JobInfo, JobState, Provenance
-from mm_model.client import Client
+from mm_model.client import AsyncClient, Client
 from mm_model.data import raster
 from mm_model.errors import OverloadedError, RequestError, ServiceError, StorageError
 from mm_model.geo.grid import Grid
@@ -335,3 +336,13 @@ def test_the_client_fills_and_keeps_jobs(tmp_path):
             client.job(job.id)
         with pytest.raises(RequestError, match="no such job"):
             client.save_result(job.id, tmp_path / "out")
+        asked = {"samples": 2, "steps": 1, "uncertainty": True}
+        made = client.generate({"dem": dem}, ["sar"], **asked)
+
+    async def ask_again():
+        transport = httpx.ASGITransport(app)
+        async with AsyncClient("http://test", transport=transport) as client:
+            return await client.generate({"dem": dem}, ["sar"], **asked)
+
+    assert set(made.files) == {"sar_0.tif", "sar_1.tif", "sar_uncertainty.tif"}
+    assert asyncio.run(ask_again()).files == made.files
