@@ -184,13 +184,16 @@ class _Held:
         self.check()
 
     def _renew(self) -> None:
+        said = ""
         while not self._over.wait(min(_LOOK_S, LEASE_S / 4)):
             try:
                 if not self._store.renew(self._job, *self._at):
                     self._lost.set()
                     return
-            except Exception:  # until the lease is over, the database may come back
-                _LOG.exception("job %s: the database is away", self._job.id)
+            except Exception as error:  # until the lease is over, the database may come back
+                if repr(error) != said:  # not every second
+                    _LOG.exception("job %s: the database is away", self._job.id)
+                said = repr(error)
 
 
 def for_scenes(generator: Generator, config: JobsConfig) -> Generator:
