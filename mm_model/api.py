@@ -53,6 +53,7 @@ STATUS: Mapping[type[MMError], int] = MappingProxyType(
         errors.StageError: 500,
         errors.RegistryError: 503,
         errors.ServiceError: 503,
+        errors.StorageError: 507,
         errors.UnauthenticatedError: 401,
         errors.ForbiddenError: 403,
         errors.RequestError: 422,

@@ -26,7 +26,8 @@ from mm_model.adapters import environment, traces
 from mm_model.adapters.champion import ChampionFollower
 from mm_model.bundle import load_bundle
 from mm_model.config import ServeConfig, load_params, parse
-from mm_model.errors import MMError, ServiceError
+from mm_model.data.files import prune
+from mm_model.errors import GateError, MMError, ServiceError
 from mm_model.geo.grid import Grid
 from mm_model.serving.access import check_exposure, configured_keys, parse_keys
 from mm_model.serving.app import build_app
@@ -39,6 +40,8 @@ _REPLICA_CPUS = 0.25
 # Health and readiness are answered beside what is queued.
 _OTHER_REQUESTS = 64
 _HEALTH_TIMEOUT_S = 25.0
+_FIRST_LOOK_S = 120.0  # at MLflow, which may be slow; what there is is served afterwards
+_KEPT_LOG_BYTES = 2**30  # of replicas that have ended
 _RAY_START_S = 180.0
 _GATHER_S = 5.0
 _WATCH_S = 5.0
@@ -66,7 +69,8 @@ class Endpoint:
         self._champion = ChampionFollower(model, cache, self._load)
         folder = environment.state_dir() / "jobs" / model
         self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
-        self._champion.start(self._config.alias_poll_s)
+        # Serve asks a replica once it is made: not before it has a model, if there is one.
+        self._champion.start(self._config.alias_poll_s, _FIRST_LOOK_S)
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return build_app(
@@ -109,7 +113,15 @@ class Endpoint:
             max_samples=self._config.max_samples,
             max_batch=self._config.max_batch,
         )
+        began = time.monotonic()
         _probe(generator)
+        if (took_s := time.monotonic() - began) > _HEALTH_TIMEOUT_S:
+            raise GateError(
+                "its smallest answer takes too long",
+                got=f"{took_s:.1f} s",
+                allowed=f"{_HEALTH_TIMEOUT_S:g} s, or its replicas would be replaced for ever",
+                remedy="move the alias to a smaller model",
+            )
         return generator
 
 
@@ -118,6 +130,11 @@ def _log_as_serve_does() -> None:
     ours, serves = logging.getLogger("mm_model"), logging.getLogger("ray.serve")
     ours.handlers, ours.propagate = serves.handlers, False
     ours.setLevel(logging.INFO)
+    prune(_replica_logs(), _KEPT_LOG_BYTES)
+
+
+def _replica_logs() -> Path:
+    return environment.log_dir() / "replicas"
 
 
 def _probe(generator: Generator) -> None:
@@ -151,7 +168,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         health_check_timeout_s=_HEALTH_TIMEOUT_S + 5,
         graceful_shutdown_timeout_s=config.deadline_s,
         graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"encoding": "JSON", "logs_dir": str(environment.log_dir() / "replicas")},
+        logging_config={"encoding": "JSON", "logs_dir": str(_replica_logs())},
         max_surge_percent=100,  # the new replica is ready before the old one stops
     )
     return deployment.bind(config.model_dump(mode="json"), model, keys)

@@ -377,6 +377,7 @@ def fill(
     uncertainty: UncertaintyOption = False,
     out: OutOption = Path("out"),
     bundle: BundleOption = None,
+    endpoint: EndpointOption = None,
     date: DateOption = None,
     sun_elevation: SunElevationOption = None,
     sun_azimuth: SunAzimuthOption = None,
@@ -397,6 +398,7 @@ def fill(
         uncertainty=uncertainty,
         out=out,
         bundle=bundle,
+        endpoint=endpoint,
     )
 
 

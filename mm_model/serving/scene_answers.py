@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_model.api import Provenance
+from mm_model.data.files import needs_room
 from mm_model.errors import RequestError
 from mm_model.serving.answers import Answer
 from mm_model.serving.batching import Batcher, Served
@@ -44,7 +45,10 @@ async def answer_scene(
     Raises:
         RequestError: what is wrong with the form; one of the subclasses where there is one.
     """
-    with tempfile.TemporaryDirectory(prefix="mm-", ignore_cleanup_errors=True) as name:
+    with (
+        needs_room("what is generated"),
+        tempfile.TemporaryDirectory(prefix="mm-", ignore_cleanup_errors=True) as name,
+    ):
         folder = Path(name)
         request = await asyncio.to_thread(_copied, parts, fields, served, decoders, folder)
         work = _Work(served, request, folder / "out")

@@ -19,6 +19,7 @@ from torch import Tensor
 from mm_model.api import ModelIdentity, Provenance
 from mm_model.codec import Codec
 from mm_model.data.circumstances import complete
+from mm_model.data.files import needs_room
 from mm_model.data.sidecar import sidecar
 from mm_model.data.strips import CogWriter, bounded_cache, strips
 from mm_model.errors import RequestError
@@ -60,9 +61,10 @@ def write_scene(
 
     Raises:
         RequestError: what is wrong with the request; one of the subclasses where there is one.
+        StorageError: there is no room for what is generated.
         RasterError: a file cannot be read or written.
     """
-    with bounded_cache():
+    with bounded_cache(), needs_room("what is generated"):
         return _Job(generator, request, model, folder, progress).run()
 
 

@@ -254,6 +254,15 @@ def test_wrong_use_of_generate(mm, tmp_path: Path, arguments: tuple[str, ...], s
     assert not (tmp_path / "out").exists()
 
 
+def test_filling_asks_the_endpoint_that_is_named(mm, tmp_path: Path) -> None:
+    layer = tmp_path / "dem.tif"
+    layer.write_bytes(geotiff("dem"))
+    arguments = ("fill", f"dem={layer}", "--endpoint", "http://127.0.0.1:1", "--out")
+    status, _, err = mm(*arguments, tmp_path / "out")
+    assert (status, "mm up" in err) == (1, True)
+    assert mm(*arguments, tmp_path / "out", "--bundle", "a")[0] == 1
+
+
 def test_show_a_bundle_and_an_answer(mm, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "layers").mkdir()
     for name in ("sar", "map"):
