@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ import torch
 from ray import serve
 
 from mm_model.adapters import environment, traces
+from mm_model.adapters.challenger import ChallengerFollower, Followed
 from mm_model.adapters.champion import ChampionFollower
+from mm_model.adapters.comparison import Comparison
 from mm_model.bundle import load_bundle
 from mm_model.config import ServeConfig, load_params, parse
 from mm_model.errors import MMError, ServiceError
@@ -42,6 +45,7 @@ _HEALTH_TIMEOUT_S = 25.0
 _RAY_START_S = 180.0
 _GATHER_S = 5.0
 _WATCH_S = 5.0
+_COMPARE_POLLS = 12  # of the alias, between two looks at champion and challenger
 _LOG = logging.getLogger("mm_model.endpoint")
 
 
@@ -63,14 +67,22 @@ class Endpoint:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas))
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
+        self._model = model
         self._champion = ChampionFollower(model, cache, self._load)
+        challenger = None
+        if self._config.challenger is not None:
+            challenger = ChallengerFollower(model, cache / "challenger", self._load)
+        self._followed = Followed(self._champion, challenger)
         folder = environment.state_dir() / "jobs" / model
         self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
         self._champion.start(self._config.alias_poll_s)
+        if challenger is not None:
+            challenger.start(self._config.alias_poll_s)
+            threading.Thread(target=self._compare, name="comparison", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return build_app(
-            self._champion,
+            self._followed,
             self._config,
             self._keys,
             self._jobs,
@@ -80,7 +92,7 @@ class Endpoint:
 
     async def counted(self) -> tuple[str, Snapshot]:
         """This replica's name, and what it has counted."""
-        return self._place.unique_id, self._counted.snapshot(self._champion)
+        return self._place.unique_id, self._counted.snapshot(self._followed)
 
     async def _gather(self) -> dict[str, Snapshot]:
         """What all replicas have counted; this one's alone if one of them does not answer."""
@@ -91,6 +103,24 @@ class Endpoint:
         except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
             _LOG.warning("not all replicas say what they have counted: %r", error)
             return dict([await self.counted()])
+
+    def _compare(self) -> None:
+        """Bring both versions' figures to MLflow, now and then; for ever, in a thread."""
+        comparison, of = Comparison(self._model), self._place.deployment_id
+        while True:
+            time.sleep(_COMPARE_POLLS * self._config.alias_poll_s)
+            served, challenger = self._followed.served, self._followed.challenger
+            if served is None or challenger is None:
+                continue
+            try:
+                asked = serve.get_deployment_handle(of.name, of.app_name).broadcast("counted")
+                replicas = dict(asked.results(timeout_s=_GATHER_S))
+                pair = served.identity.version, challenger.identity.version
+                fresh = comparison.take(*pair, replicas)
+                if min(replicas) == self._place.unique_id:  # one writes for all
+                    comparison.write(fresh)
+            except (MMError, TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+                _LOG.warning("champion and challenger are not compared: %s", error)
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose health check raises."""

@@ -51,6 +51,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def challenger(self) -> Served | None:
+        """The version that is tried beside it; None if there is none."""
+        ...
+
+    @property
     def refused(self) -> tuple[Refusal, ...]:
         """Versions that should have served and were not taken up."""
         ...
@@ -68,6 +73,7 @@ class FixedModel:
     served: Served | None
     refused: tuple[Refusal, ...] = ()
     registry_error: str | None = None
+    challenger: Served | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +114,11 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being worked on; for any thread."""
+        return self._worker is not None and not self._worker.done()
+
     async def submit(
         self,
         work: Callable[[Sequence[A], Check], Sequence[T]],
@@ -125,7 +136,7 @@ class Batcher:
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(work, request, answer, took, time.perf_counter()))
         self._on_queue(len(self._waiting))
-        if self._worker is None or self._worker.done():
+        if not self.is_busy:
             self._worker = asyncio.create_task(self._work())
         return await answer
 
@@ -160,6 +171,14 @@ class Batcher:
         batch = [item for item in present if item.key == present[0].key][: self._max_batch]
         self._waiting = deque(item for item in present if item not in batch)
         return batch
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A version, and the queue in which requests wait for it."""
+
+    served: Served
+    batcher: Batcher
 
 
 def _answer(batch: list[_Waiting]) -> Sequence[Any]:
