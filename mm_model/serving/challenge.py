@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from starlette.exceptions import HTTPException
 
 from mm_model.config import ServeConfig
 from mm_model.errors import RequestError
@@ -23,6 +22,7 @@ from mm_model.modalities import Modality
 from mm_model.serving.batching import Batcher, Lane, ModelSource, Served
 from mm_model.serving.layers import ObservedLayer
 from mm_model.serving.metrics import Metrics
+from mm_model.serving.presence import CallerLeftError
 from mm_model.serving.requests import Prepared, Request, Result
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Challenge:
                 return made
             finally:
                 self._answering -= 1
-        except HTTPException:  # nobody waits for an answer any more
+        except CallerLeftError:  # nobody waits for an answer any more
             raise
         except RequestError:  # if it is one, the champion says so, too
             outcome = "refused"
@@ -170,7 +170,7 @@ class Shadow:
         generator, since = repetition.served.generator, time.perf_counter()
         gave_way_s = 0.0
 
-        def give_way() -> None:
+        def give_way(_: float = 0.0) -> None:
             nonlocal gave_way_s
             began = time.perf_counter()
             while self._is_busy() and time.perf_counter() - since < self._patience_s:
