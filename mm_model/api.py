@@ -253,6 +253,12 @@ class JobInfo(Record):
     problem: Problem | None = Field(description="why it failed")
 
 
+class ProgressInfo(Record):
+    """How far a request is that is being answered."""
+
+    share: Annotated[float, Field(ge=0, le=1, description="of the sampling steps; 0 as it waits")]
+
+
 class ManifestFile(Record):
     """One GeoTIFF of a zip answer."""
 

@@ -38,7 +38,11 @@ VENDORS = {
     # What pystac_client and MLflow raise.
     "requests": ("mm_model/adapters/", "mm_model/data/sources/stac/search.py"),
     "yaml": ("mm_model/config.py",),
-    "fastapi": ("mm_model/serving/app.py", "mm_model/serving/jobs/routes.py"),
+    "fastapi": (
+        "mm_model/serving/app.py",
+        "mm_model/serving/progress.py",
+        "mm_model/serving/jobs/routes.py",
+    ),
     "starlette": (
         "mm_model/serving/app.py",
         "mm_model/serving/access.py",
@@ -46,6 +50,7 @@ VENDORS = {
         "mm_model/serving/front.py",
         "mm_model/serving/jobs/routes.py",
         "mm_model/serving/presence.py",
+        "mm_model/serving/progress.py",
         "mm_model/serving/web/__init__.py",
         "mm_model/adapters/ray_proxy.py",
     ),

@@ -36,6 +36,7 @@ from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
 from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.metrics import Metrics, Snapshot
+from mm_model.serving.progress import Progress
 
 # A share of a logical CPU: replicas stand beside training on small machines, and are mostly idle.
 _REPLICA_CPUS = 0.25
@@ -60,7 +61,7 @@ class Endpoint:
         self._config = parse(ServeConfig, config, "serve configuration")
         if self._config.traces_url is not None:
             traces.send_to(str(self._config.traces_url))
-        self._counted = Metrics()
+        self._counted, self._progress = Metrics(), Progress(self._seek)
         self._place = serve.get_replica_context().replica_id
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
         replicas = self._config.max_replicas or self._config.replicas
@@ -88,6 +89,7 @@ class Endpoint:
             self._jobs,
             counted=self._counted,
             gather=self._gather,
+            progress=self._progress,
         )
 
     async def counted(self) -> tuple[str, Snapshot]:
@@ -103,6 +105,20 @@ class Endpoint:
         except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
             _LOG.warning("not all replicas say what they have counted: %r", error)
             return dict([await self.counted()])
+
+    async def share_of(self, holder: str, request_id: str) -> float | None:
+        """How far a request is, if it is being answered here."""
+        return self._progress.share(holder, request_id)
+
+    async def _seek(self, holder: str, request_id: str) -> float | None:
+        of = self._place.deployment_id
+        handle = serve.get_deployment_handle(of.name, of.app_name)
+        asked = handle.broadcast("share_of", holder, request_id)
+        try:
+            found = await asked.results_async(timeout_s=_GATHER_S)
+        except (TimeoutError, RuntimeError, ray.exceptions.RayError):
+            return None  # it is asked again
+        return next((share for share in found if share is not None), None)
 
     def _compare(self) -> None:
         """Bring both versions' figures to MLflow, now and then; for ever, in a thread."""

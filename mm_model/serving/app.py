@@ -1,4 +1,4 @@
-"""The HTTP interface; this module and the jobs' routes know FastAPI."""
+"""The HTTP interface; this module and the routes of jobs and progress know FastAPI."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ from mm_model.serving.forms import limited_form
 from mm_model.serving.front import Front, request_id_of
 from mm_model.serving.jobs.routes import Jobs, JobsPlace
 from mm_model.serving.presence import while_present
+from mm_model.serving.progress import Progress
 from mm_model.serving.requests import Aligned, Prepared
 from mm_model.serving.scene_answers import answer_scene
 from mm_model.serving.uploads import (
@@ -78,6 +79,7 @@ def build_app(
     *,
     counted: metrics.Metrics | None = None,
     gather: metrics.Gather | None = None,
+    progress: Progress | None = None,
     tracer: Tracer = TRACER,
 ) -> FastAPI:
     """The endpoint over a source of models, with the limits of the configuration.
@@ -89,9 +91,18 @@ def build_app(
         jobs: where they are kept; it takes none, without.
         counted: where it counts; of its own, without.
         gather: asks all replicas for what they have counted; it is alone, without.
+        progress: where it says how far requests are; of its own, without.
         tracer: where spans go.
     """
-    endpoint = _Endpoint(source, config, jobs, counted or metrics.Metrics(), gather, tracer)
+    endpoint = _Endpoint(
+        source,
+        config,
+        jobs,
+        counted or metrics.Metrics(),
+        gather,
+        progress or Progress(),
+        tracer,
+    )
     app = FastAPI(
         lifespan=endpoint.lifespan,
         title="mm-model",
@@ -112,6 +123,7 @@ def build_app(
         endpoint.align
     )
     endpoint.jobs.add_routes(app, config)
+    endpoint.progress.add_route(app)
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -156,9 +168,10 @@ class _Endpoint:
         jobs: JobsPlace | None,
         counted: metrics.Metrics,
         gather: metrics.Gather | None,
+        progress: Progress,
         tracer: Tracer,
     ) -> None:
-        self._source = source
+        self._source, self.progress = source, progress
         self.jobs = Jobs(jobs, source, config, self._served)
         self._decoders = shared_pool(config.max_side_px)
         self._metrics, self._gather, self._tracer = counted, gather, tracer
@@ -206,7 +219,10 @@ class _Endpoint:
         self, operation: str, request: Request, answering: _Answering, *, challenged: bool = False
     ) -> Response:
         facts = {"request_id": request_id_of(request.scope)}
-        with watched(operation, request.headers, self._metrics, self._tracer, **facts) as watch:
+        with (
+            watched(operation, request.headers, self._metrics, self._tracer, **facts) as watch,
+            self.progress.of(request, watch),
+        ):
             status = 500
             try:
                 response = await self._admit(request, answering, watch, challenged)
@@ -269,10 +285,10 @@ class _Endpoint:
     ) -> Response:
         served = lane.served
         if wants_uncertainty(parts):
-            return await self._whole(request, parts, lane, FIELDS)
+            return await self._whole(request, parts, lane, watch, FIELDS)
         prepared = await self._prepared(parts, served, watch, _prepare)
         watch.note(samples=prepared.samples, steps=prepared.steps)
-        sampling = lane.batcher.submit(served.generator.sample, prepared, watch.took)
+        sampling = lane.batcher.submit(served.generator.sample, prepared, watch.took, watch.tell)
         result = await while_present(request, sampling)
         for name, values in result.values.items():
             self._metrics.pixels.labels(name).inc(len(values) * prepared.valid.size)
@@ -300,13 +316,18 @@ class _Endpoint:
     async def _fill(
         self, request: Request, parts: list[Part], lane: Lane, watch: Watch
     ) -> Response:
-        return await self._whole(request, parts, lane, FILL_FIELDS)
+        return await self._whole(request, parts, lane, watch, FILL_FIELDS)
 
     async def _whole(
-        self, request: Request, parts: list[Part], lane: Lane, fields: Mapping[str, str]
+        self,
+        request: Request,
+        parts: list[Part],
+        lane: Lane,
+        watch: Watch,
+        fields: Mapping[str, str],
     ) -> Response:
         made, provenance = await while_present(
-            request, answer_scene(parts, fields, lane.served, self._decoders, lane.batcher)
+            request, answer_scene(parts, fields, lane, self._decoders, watch.tell)
         )
         return _response(made, provenance)
 

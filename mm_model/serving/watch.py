@@ -23,10 +23,11 @@ class Watch:
 
     Attributes:
         version: of the model that answers; "" where there is none.
+        share: of the work that is done, from 0 to 1.
     """
 
     def __init__(self, operation: str, metrics: Metrics, tracer: Tracer, span: Span) -> None:
-        self.operation, self.version = operation, ""
+        self.operation, self.version, self.share = operation, "", 0.0
         self._metrics, self._tracer, self._span = metrics, tracer, span
         self._context = trace.set_span_in_context(span)
         self._began = time.perf_counter()
@@ -61,6 +62,10 @@ class Watch:
     def note(self, **facts: str | int) -> None:
         """Facts of the request for its span; nothing of what was sent."""
         self._span.set_attributes({f"mm.{name}": fact for name, fact in facts.items()})
+
+    def tell(self, share: float) -> None:
+        """So much of the work is done; for any thread."""
+        self.share = share
 
     def answered(self, status: int) -> None:
         """The request ended so."""

@@ -341,6 +341,30 @@ def test_what_runs_can_be_cancelled(browser, address):
         expect(page.locator("#generate")).to_be_enabled()
 
 
+def test_it_shows_the_share_of_the_steps_that_is_done(browser, address):
+    with opened(browser, address) as page:
+        shown = []
+        page.expose_function("shown", lambda text, share: shown.append((text, share)))
+        page.evaluate(
+            """() => new MutationObserver(() => {
+              const bar = document.getElementById("bar");
+              shown(document.getElementById("elapsed").textContent, bar.position);
+            }).observe(document.getElementById("elapsed"), {childList: true})"""
+        )
+        page.locator("#samples").fill("16")
+        page.locator("#steps").fill("16")
+        for side in ("width", "height"):
+            page.locator(f"#{side}").fill("96")
+        generate(page)
+    told = [(text, share) for text, share in shown if "%" in text]
+    assert told
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 1
+    for text, share in told:
+        assert text.startswith(f"{int(share * 100)} %, ")
+
+
 def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(browser):
     key, line = new_key("somebody", frozenset({KeyScope.GENERATE}))
     with endpoint(keys=parse_keys(line, "test")) as address, browser.new_context() as context:
