@@ -30,6 +30,7 @@ from mm_model.serving.layers import (
     ObservedLayer,
     check_layer,
     check_overlap,
+    check_placed,
     check_position,
     onto,
     reference_grid,
@@ -189,10 +190,11 @@ class Generator:
             raise RequestError("samples", got=samples, allowed=f"1 to {self.max_samples}")
         for name in (*observed, *targets):
             self.modality(name)
-        if observed and grid is not None:
+        if observed and grid is not None and not grid.crs:
             raise RequestError(
                 "a grid beside observed layers",
-                remedy="leave out width, height, crs and transform: the finest layer says where",
+                got="width and height alone",
+                allowed="width, height, crs and transform; or none: the finest layer says where",
             )
         if not observed and grid is None:
             raise RequestError(
@@ -217,14 +219,19 @@ class Generator:
                 "no layer to embed", allowed="one or more", remedy="send a GeoTIFF of a modality"
             )
 
-    def check_grids(self, grids: Mapping[str, Grid]) -> Grid:
+    def check_grids(self, grids: Mapping[str, Grid], declared: Grid | None = None) -> Grid:
         """The grid of an answer to layers on these grids, in the model's order.
+
+        It is the declared one, or the finest layer's.
 
         Raises:
             TooLargeError, GeoreferenceError: it is too large or too small, or a layer lies
                 elsewhere or nowhere.
         """
-        grid = reference_grid(grids)
+        if declared is not None:
+            check_placed({n: grid for n, grid in grids.items() if grid != declared})
+            check_placed({"that is declared": declared})
+        grid = declared or reference_grid(grids)
         self._check_scene(grid)
         for name, other in grids.items():
             check_overlap(name, other, grid)
@@ -239,7 +246,9 @@ class Generator:
         for name, layer in layers.items():
             self.check_side(name, layer.grid)
             check_layer(self.modalities[name], layer)
-        grid = grid or self.check_grids({n: layer.grid for n, layer in layers.items()})
+        if layers:
+            grid = self.check_grids({n: layer.grid for n, layer in layers.items()}, grid)
+        assert grid is not None  # `check_form` refuses a request with neither
         observed = {
             name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
         }

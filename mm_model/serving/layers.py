@@ -153,6 +153,19 @@ def reference_grid(grids: Mapping[str, Grid]) -> Grid:
     first = next(iter(grids.values()))
     if all(grid == first for grid in grids.values()):
         return first
+    check_placed(grids)
+    sizes = [(_metres_per_pixel(grid), grid) for grid in grids.values()]
+    finest = min(size for size, _ in sizes)
+    # Two zones of one projection differ by less than this in what "10 m" is on the ground.
+    return next(grid for size, grid in sizes if size <= 1.01 * finest)
+
+
+def check_placed(grids: Mapping[str, Grid]) -> None:
+    """Refuse layers that cannot be brought onto another grid.
+
+    Raises:
+        GeoreferenceError: one of them says not where it lies, or its pixels have no size.
+    """
     for name, grid in grids.items():
         if not grid.crs:
             raise GeoreferenceError(
@@ -162,10 +175,6 @@ def reference_grid(grids: Mapping[str, Grid]) -> Grid:
             )
     for name, grid in grids.items():
         _check_size(name, grid)
-    sizes = [(_metres_per_pixel(grid), grid) for grid in grids.values()]
-    finest = min(size for size, _ in sizes)
-    # Two zones of one projection differ by less than this in what "10 m" is on the ground.
-    return next(grid for size, grid in sizes if size <= 1.01 * finest)
 
 
 def _check_size(name: str, grid: Grid) -> None:
@@ -226,7 +235,7 @@ def onto(
 
 
 def check_overlap(name: str, grid: Grid, finest: Grid) -> None:
-    """Refuse a layer that lies elsewhere than the finest, by what their grids say.
+    """Refuse a layer that lies elsewhere than the answer, by what their grids say.
 
     Boxes in longitude and latitude are compared: what passes may still lie beside it, which `onto`
     tells from the pixels.
@@ -260,12 +269,12 @@ def _lonlat_box(grid: Grid) -> tuple[float, float, float, float]:
 
 
 def elsewhere(name: str, grid: Grid, finest: Grid) -> GeoreferenceError:
-    """The error of a layer that lies elsewhere than the finest."""
+    """The error of a layer that lies elsewhere than the answer."""
     return GeoreferenceError(
-        f"layer {name} does not overlap the finest layer",
+        f"layer {name} does not overlap the grid of the answer",
         got=f"bounds {_rounded(grid)} in {_short(grid.crs)}",
         allowed=f"valid pixels within {_rounded(finest)} in {_short(finest.crs)}",
-        remedy="give layers of one place",
+        remedy="give layers of one place, and a grid there if you declare one",
     )
 
 

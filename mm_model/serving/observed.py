@@ -43,7 +43,7 @@ class ObservedFiles:
     Args:
         files: modality name → GeoTIFF; one or more, and any number of pixels.
         generator: knows the modalities, and the limits.
-        onto: the layer whose grid it shall be; None: the finest.
+        onto: the grid, or the layer whose grid it shall be; None: the finest.
 
     Raises:
         RasterError, LayerError: a file cannot be read, or holds not what its modality is.
@@ -51,7 +51,7 @@ class ObservedFiles:
     """
 
     def __init__(
-        self, files: Mapping[str, Path], generator: Generator, onto: str | None = None
+        self, files: Mapping[str, Path], generator: Generator, onto: str | Grid | None = None
     ) -> None:
         # The model's order, not the caller's: the order of layers decides nothing.
         self._files = {n: files[n] for n in generator.modalities if n in files}
@@ -60,7 +60,10 @@ class ObservedFiles:
         for name, header in self._headers.items():
             check_header(header, self._modalities[name], str(self._files[name]), generator)
         grids = {n: header.grid for n, header in self._headers.items()}
-        self.grid: Grid = generator.check_grids(grids if onto is None else {onto: grids[onto]})
+        if isinstance(onto, str):
+            self.grid: Grid = generator.check_grids({onto: grids[onto]})
+        else:
+            self.grid = generator.check_grids(grids, onto)
         self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
         self.has_holes: set[str] = set()
         for name, grid in grids.items():
