@@ -132,7 +132,7 @@ def test_it_can_be_given_up(generator):
     class LeftError(Exception):
         pass
 
-    def check() -> None:
+    def check(_: float) -> None:
         raise LeftError
 
     prepared = generator.prepare_embedding(EmbedRequest({"sar": make_layer("sar")}))

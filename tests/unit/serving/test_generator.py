@@ -263,7 +263,7 @@ def test_sampling_can_be_given_up_between_steps(generator):
     class LeftError(Exception):
         pass
 
-    def check() -> None:
+    def check(_: float) -> None:
         raise LeftError
 
     with pytest.raises(LeftError):
