@@ -21,7 +21,14 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX
 from mm_model.scene import Scene
 from mm_model.serving.generator import Generator
-from mm_model.serving.layers import bands_of, check_overlap, check_values, elsewhere, in_units
+from mm_model.serving.layers import (
+    bands_of,
+    check_offset,
+    check_overlap,
+    check_values,
+    elsewhere,
+    in_units,
+)
 from mm_model.serving.uploads import check_header
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]
@@ -142,7 +149,9 @@ class ObservedFiles:
             raise LayerError(
                 f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
             )
-        check_values(modality, np.concatenate(seen, axis=1))
+        known = np.concatenate(seen, axis=1)
+        check_values(modality, known)
+        check_offset(modality, self._headers[name], known)
 
     def _validity(self, name: str) -> Iterator[NDArray[np.bool_]]:
         """A layer's masks on strips of the grid."""

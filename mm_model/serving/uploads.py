@@ -26,7 +26,7 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
-from mm_model.serving.layers import ObservedLayer, bands_of, in_units
+from mm_model.serving.layers import ObservedLayer, bands_of, check_offset, in_units
 from mm_model.serving.requests import SceneRequest, check_request
 
 CONDITION_FIELDS: Mapping[str, str] = {
@@ -169,7 +169,10 @@ def _decode(
     bands = bands_of(header, modality)
     with whole_file():
         found = decoder.pixels(content, f"part {modality.name}", header, bands)
-    return ObservedLayer(*in_units(found, modality), header.grid)
+    values, valid = in_units(found, modality)
+    if valid.any():
+        check_offset(modality, header, values[:, valid])
+    return ObservedLayer(values, valid, header.grid)
 
 
 @contextmanager
