@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from mm_model.adapters import mlflow_registry
 from mm_model.adapters.mlflow_registry import Champion
@@ -35,6 +36,8 @@ class ChampionFollower:
         load: makes a generator of a bundle's folder, and has it answer once; whatever it raises
             refuses the version.
     """
+
+    ALIAS: ClassVar[str] = mlflow_registry.CHAMPION
 
     def __init__(self, model: str, cache: Path, load: Callable[[Path], Generator]) -> None:
         self._model = model
@@ -78,14 +81,14 @@ class ChampionFollower:
                 pause.wait(poll_s)
 
         pause = threading.Event()
-        self._thread = threading.Thread(target=follow, name="champion", daemon=True)
+        self._thread = threading.Thread(target=follow, name=self.ALIAS, daemon=True)
         self._thread.start()
         self._looked.wait(wait_s)
 
     def poll(self) -> None:
         """Look at the alias once, and follow it if it moved; never raises."""
         try:
-            champion = mlflow_registry.champion(self._model)
+            champion = self._look()
         except Exception as error:  # MLflow away, in whatever way: serve what there is
             self._registry_error = str(error)
             if self._served is None:
@@ -115,6 +118,9 @@ class ChampionFollower:
         if self._served is None:  # a replica that has just begun: the old one goes on
             self._serve_last_good()
 
+    def _look(self) -> Champion | None:
+        return mlflow_registry.champion(self._model)
+
     def _take_up(self, champion: Champion) -> None:
         tags = champion.tags
         if tags.get(mlflow_registry.VERDICT) != mlflow_registry.PASSED:
@@ -133,7 +139,7 @@ class ChampionFollower:
             generator = self._load(self._fetch(champion.version))
         write_atomically(self._cache / _LAST_GOOD, identity.model_dump_json().encode())
         self._served = Served(generator, identity)
-        _LOG.info("serving %s version %s", self._model, version)
+        _LOG.info("%s of %s: version %s", self.ALIAS, self._model, version)
         self._prune()
 
     def _fetch(self, version: int) -> Path:

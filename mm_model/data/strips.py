@@ -220,7 +220,7 @@ def write_copy(
     """Write decoded pixels as they are: what reads the copy reads what the original holds.
 
     Args:
-        path: of the GeoTIFF; the mask is inside it, tags are not copied.
+        path: of the GeoTIFF; the mask is inside it, and no tags but those of an offset.
         header: of the original.
         numbers: of the bands that are copied, from 1.
         rows: from top to bottom: first row, values [bands, rows, W], valid [rows, W].
@@ -258,6 +258,7 @@ def write_copy(
         copy.units = tuple(header.units[k] for k in picked)
         copy.scales = tuple(header.scales[k] for k in picked)
         copy.offsets = tuple(header.offsets[k] for k in picked)
+        copy.update_tags(**{k: header.tags[k] for k in raster.OFFSET_TAGS if k in header.tags})
         for row, values, valid in rows:
             window = Window(0, row, grid.width, values.shape[1])
             copy.write(values, window=window)

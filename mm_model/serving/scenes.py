@@ -103,7 +103,7 @@ class _Job:
         self._targets = check_request(asked, self._generator)
         if not asked.observed:
             return None
-        files = ObservedFiles(asked.observed, self._generator, onto=asked.fill)
+        files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
         if asked.fill is not None and asked.fill not in files.has_holes:
             raise RequestError(
                 f"layer {asked.fill}",

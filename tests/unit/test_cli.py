@@ -50,7 +50,7 @@ def test_every_verb_is_on_the_help_page(mm) -> None:
     status, text, _ = mm("--help")
     assert status == 0
     verbs = """doctor up down status serve demo prepare split catalogue validate stats train
-    evaluate register promote rollback generate embed fill show"""
+    evaluate register promote challenge rollback generate embed fill show"""
     for verb in verbs.split():
         assert f" {verb} " in text
 
