@@ -53,6 +53,7 @@ STATUS: Mapping[type[MMError], int] = MappingProxyType(
         errors.StageError: 500,
         errors.RegistryError: 503,
         errors.ServiceError: 503,
+        errors.StorageError: 507,
         errors.UnauthenticatedError: 401,
         errors.ForbiddenError: 403,
         errors.RequestError: 422,
@@ -253,6 +254,12 @@ class JobInfo(Record):
     problem: Problem | None = Field(description="why it failed")
 
 
+class ProgressInfo(Record):
+    """How far a request is that is being answered."""
+
+    share: Annotated[float, Field(ge=0, le=1, description="of the sampling steps; 0 as it waits")]
+
+
 class ManifestFile(Record):
     """One GeoTIFF of a zip answer."""
 
@@ -383,7 +390,7 @@ class ModelIdentity(Record):
 
 
 class Refusal(Record):
-    """A version that the alias named and that was not taken up."""
+    """A version that an alias named and that was not taken up."""
 
     version: str
     reason: str
@@ -393,8 +400,11 @@ class ModelInfo(Record):
     """Answer of GET /v1/model."""
 
     serving: ModelIdentity | None = Field(description="null until a champion has been loaded")
+    challenger: ModelIdentity | None = Field(
+        default=None, description="the version that is tried beside it, once it is loaded"
+    )
     modalities: tuple[str, ...] = Field(description="what the serving version knows")
-    refused: tuple[Refusal, ...] = Field(description="versions that the alias named in vain")
+    refused: tuple[Refusal, ...] = Field(description="versions that an alias named in vain")
     registry_error: str | None = Field(description="why the registry cannot be asked, if so")
     limits: Limits
 

@@ -179,6 +179,7 @@ def generate(
     width: int | None = None,
     crs: str | None = None,
     transform: Sequence[float] | None = None,
+    uncertainty: bool = False,
     conditions: Conditions = NOTHING,
     picture: bool = False,
 ) -> Call[Generated]:
@@ -190,10 +191,13 @@ def generate(
         samples: number of draws.
         seed: from which every draw follows.
         steps: sampling steps; 1 gives the best single estimate, E[target | observed].
-        height: of what is generated, in pixels, if nothing is observed.
+        height: of what is generated, in pixels; needed if nothing is observed.
         width: the same.
-        crs: EPSG:<code> or WKT of what is generated, if nothing is observed.
+        crs: EPSG:<code> or WKT of what is generated; beside layers, which are warped onto this
+            grid, it must be named.
         transform: (a, b, c, d, e, f) of `mm_model.geo.grid.Grid`; goes with `crs`.
+        uncertainty: mean and spread of two samples or more, too, or probabilities of classes and
+            their entropy.
         conditions: what is known besides; what the grid tells need not be said.
         picture: a PNG rather than GeoTIFFs.
 
@@ -210,6 +214,7 @@ def generate(
         "width": width,
         "crs": crs,
         "transform": None if transform is None else ",".join(map(repr, transform)),
+        "uncertainty": str(uncertainty).lower(),
         **conditions.texts(),
     }
     return Call(

@@ -32,6 +32,7 @@ __all__ = ["AsyncClient", "Client", "Embedded", "Generated", "Saved"]
 _CONNECT_S = 10.0
 _PAUSE_S = 0.5  # between two looks whether it is ready, and before the first reconnection
 _RECONNECTIONS = 3
+_LONGEST_PAUSE_S = 4.0
 _HTTP_REFUSALS = (429, 503)  # of somebody who did nothing yet
 
 P = ParamSpec("P")
@@ -45,6 +46,10 @@ class _Speaker(Generic[H]):
     def __init__(self, url: str, http: H, patience_s: float) -> None:
         self._url, self._patience_s = url.rstrip("/"), patience_s
         self._http: H = http
+        self._known = False  # whether somebody has answered there
+
+    def _attempts(self, call: Call[Any]) -> _Attempts:
+        return _Attempts(call, self._url, self._patience_s, self._known)
 
     @contextmanager
     def _request(self, call: Call[Any], request_id: str) -> Iterator[httpx.Request]:
@@ -68,10 +73,10 @@ class _Speaker(Generic[H]):
 class _Attempts:
     """Whether a call is made once more, and when."""
 
-    def __init__(self, call: Call[Any], url: str, patience_s: float) -> None:
-        self._repeat, self._url = call.repeat, url
+    def __init__(self, call: Call[Any], url: str, patience_s: float, known: bool) -> None:
+        self._repeat, self._url, self._known = call.repeat, url, known
         self._give_up = time.monotonic() + patience_s
-        self._lost = 0
+        self._lost = self._failed = 0
 
     def after_error(self, error: httpx.HTTPError) -> float:
         """Seconds to wait after a connection that failed; raises where that was the last try."""
@@ -107,10 +112,15 @@ class _Attempts:
 
     def _reconnection(self, never_sent: bool, lost: bool) -> float | None:
         may = never_sent or (lost and self._repeat is Repeat.ALWAYS)
-        if self._repeat is Repeat.NEVER or not may or self._lost >= _RECONNECTIONS:
+        if self._repeat is Repeat.NEVER or not may:
             return None
-        self._lost += 1
-        return self._in_time(_PAUSE_S * 2 ** (self._lost - 1))
+        # Who was there comes back; but what was sent may be the reason that it went.
+        if not (never_sent and self._known):
+            self._lost += 1
+            if self._lost > _RECONNECTIONS:
+                return None
+        self._failed += 1
+        return self._in_time(min(_PAUSE_S * 2 ** (self._failed - 1), _LONGEST_PAUSE_S))
 
     def _wait(self, told: str) -> float | None:
         if self._repeat is Repeat.NEVER or not told.isdecimal():
@@ -185,8 +195,9 @@ class Client(_Speaker[httpx.Client]):
     """Speaks to one endpoint.
 
     A call is repeated where that is safe: after 429 and 503, when the endpoint says; and, since
-    what is generated is a function of what is sent, after a connection that was lost. All tries of
-    a call carry one id, which the endpoint's logs and its errors name.
+    what is generated is a function of what is sent, after a connection that was lost. An endpoint
+    that has answered before and is not there is waited for as long. All tries of a call carry one
+    id, which the endpoint's logs and its errors name.
 
     Args:
         url: its root, such as http://127.0.0.1:8000.
@@ -257,12 +268,13 @@ class Client(_Speaker[httpx.Client]):
             time.sleep(_PAUSE_S)
 
     def _ask(self, call: Call[T]) -> T:
-        attempts = _Attempts(call, self._url, self._patience_s)
+        attempts = self._attempts(call)
         request_id = uuid.uuid4().hex
         while True:
             with self._request(call, request_id) as request:
                 try:
                     response = self._http.send(request, stream=True)
+                    self._known = True
                     try:
                         with call.body(response.is_success) as body:
                             for piece in response.iter_bytes():
@@ -346,12 +358,13 @@ class AsyncClient(_Speaker[httpx.AsyncClient]):
             await asyncio.sleep(_PAUSE_S)
 
     async def _ask(self, call: Call[T]) -> T:
-        attempts = _Attempts(call, self._url, self._patience_s)
+        attempts = self._attempts(call)
         request_id = uuid.uuid4().hex
         while True:
             with self._request(call, request_id) as request:
                 try:
                     response = await self._http.send(request, stream=True)
+                    self._known = True
                     try:
                         with call.body(response.is_success) as body:
                             async for piece in response.aiter_bytes():

@@ -221,6 +221,16 @@ class JobsConfig(Section):
     keep_hours: PositiveFloat
 
 
+class ChallengerConfig(Section):
+    """What the version that the alias `challenger` names does."""
+
+    mode: Annotated[
+        Literal["share", "shadow"],
+        Field(description="share: it answers; shadow: it answers after the champion, unseen"),
+    ]
+    share: Annotated[float, Field(gt=0, le=1, description="of the requests")]
+
+
 class ServeConfig(Section):
     """The endpoint: its place, its workers and its limits."""
 
@@ -240,6 +250,9 @@ class ServeConfig(Section):
     deadline_s: PositiveFloat
     alias_poll_s: PositiveFloat
     jobs: JobsConfig
+    challenger: ChallengerConfig | None = Field(
+        None, description="without it, the alias is not followed"
+    )
     traces_url: HttpUrl | None = Field(
         None, description="of an OpenTelemetry collector (OTLP over HTTP); no traces without"
     )

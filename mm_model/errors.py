@@ -114,6 +114,12 @@ class ServiceError(MMError):
     code = "service"
 
 
+class StorageError(MMError):
+    """A disk is full, or a quota is used up: make room, then try again."""
+
+    code = "storage"
+
+
 class RequestError(MMError):
     """A request to the endpoint or the generator is wrong: change the request."""
 

@@ -12,12 +12,13 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from mm_model.adapters import mlflow_registry
 from mm_model.adapters.mlflow_registry import Champion
 from mm_model.api import ModelIdentity, Refusal
 from mm_model.data.files import write_atomically
-from mm_model.errors import GateError, MMError, RegistryError
+from mm_model.errors import BundleError, GateError, MMError, RegistryError, StorageError
 from mm_model.serving.batching import Served
 from mm_model.serving.generator import Generator
 
@@ -36,6 +37,8 @@ class ChampionFollower:
             refuses the version.
     """
 
+    ALIAS: ClassVar[str] = mlflow_registry.CHAMPION
+
     def __init__(self, model: str, cache: Path, load: Callable[[Path], Generator]) -> None:
         self._model = model
         self._cache = cache
@@ -45,6 +48,7 @@ class ChampionFollower:
         self._settled: tuple[str, str | None] | None = None  # version and verdict already judged
         self._registry_error: str | None = None
         self._thread: threading.Thread | None = None
+        self._looked = threading.Event()
 
     @property
     def served(self) -> Served | None:
@@ -64,22 +68,27 @@ class ChampionFollower:
         """Whether the alias is being followed."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, poll_s: float) -> None:
-        """Poll for ever, in a thread that ends with the process."""
+    def start(self, poll_s: float, wait_s: float = 0.0) -> None:
+        """Poll for ever, in a thread that ends with the process.
+
+        Returns after the first look, when what can be served is served, or after `wait_s`.
+        """
 
         def follow() -> None:
             while True:
                 self.poll()
+                self._looked.set()
                 pause.wait(poll_s)
 
         pause = threading.Event()
-        self._thread = threading.Thread(target=follow, name="champion", daemon=True)
+        self._thread = threading.Thread(target=follow, name=self.ALIAS, daemon=True)
         self._thread.start()
+        self._looked.wait(wait_s)
 
     def poll(self) -> None:
         """Look at the alias once, and follow it if it moved; never raises."""
         try:
-            champion = mlflow_registry.champion(self._model)
+            champion = self._look()
         except Exception as error:  # MLflow away, in whatever way: serve what there is
             self._registry_error = str(error)
             if self._served is None:
@@ -97,8 +106,8 @@ class ChampionFollower:
             return
         try:
             self._take_up(champion)
-        except RegistryError as error:
-            # The next poll tries again: the registry may have gone away in between.
+        except (RegistryError, StorageError, OSError) as error:
+            # The next poll tries again: the registry comes back, and so does room on the disk.
             self._refuse(key[0], error)
         except Exception as error:  # a broken bundle can break in any way
             self._refuse(key[0], error)
@@ -108,6 +117,9 @@ class ChampionFollower:
             self._settled = key
         if self._served is None:  # a replica that has just begun: the old one goes on
             self._serve_last_good()
+
+    def _look(self) -> Champion | None:
+        return mlflow_registry.champion(self._model)
 
     def _take_up(self, champion: Champion) -> None:
         tags = champion.tags
@@ -121,13 +133,13 @@ class ChampionFollower:
         identity = ModelIdentity(name=self._model, version=version, run_id=champion.run_id)
         try:
             generator = self._load(self._fetch(champion.version))
-        except MMError:
+        except (BundleError, OSError):
             # What lies in the cache may be damaged: once more from the registry.
             shutil.rmtree(self._cache / version, ignore_errors=True)
             generator = self._load(self._fetch(champion.version))
-        self._served = Served(generator, identity)
-        _LOG.info("serving %s version %s", self._model, version)
         write_atomically(self._cache / _LAST_GOOD, identity.model_dump_json().encode())
+        self._served = Served(generator, identity)
+        _LOG.info("%s of %s: version %s", self.ALIAS, self._model, version)
         self._prune()
 
     def _fetch(self, version: int) -> Path:

@@ -119,6 +119,11 @@ def service_environment() -> dict[str, str]:
         "GX_ANALYTICS_ENABLED": "false",
         "PROJ_NETWORK": "OFF",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mm_model.adapters.ray_proxy:middlewares",
+        # A proxy that was killed is missed after three checks: half a minute with Ray's own 10 s.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # Of each log of Ray, and of each replica's: a file of this size and two old ones.
+        "RAY_ROTATION_MAX_BYTES": str(32 * 2**20),
+        "RAY_ROTATION_BACKUP_COUNT": "2",
         # Threads that wait must not spin: training, evaluation and replicas share the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
     }

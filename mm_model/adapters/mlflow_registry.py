@@ -2,7 +2,8 @@
 
 A version's tags say where it comes from (commit, data, parameters, run), what it reached on which
 held-out patches, and the gate's verdict. The alias `champion` is what the endpoint serves; the
-alias `previous-champion` is what `rollback` returns to.
+alias `previous-champion` is what `rollback` returns to; the alias `challenger` names a version that
+is tried beside the champion.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mm_model.config import GateConfig, RegisterConfig, read_yaml
 from mm_model.errors import BundleError, GateError, RegistryError
 from mm_model.evaluation.card import model_card
 
-CHAMPION, PREVIOUS = "champion", "previous-champion"
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous-champion", "challenger"
 VERDICT, REASONS = "gate.verdict", "gate.reasons"
 PASSED, FAILED = "passed", "failed"
 # The gate looks at the mean of the samples: a single sample's figures are the worse, the more the
@@ -49,7 +50,7 @@ _CUT = f"\n\n… the whole card is `{_CARD}` of the run."
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that the alias `champion` names.
+    """The version that the alias `champion`, or `challenger`, names.
 
     Attributes:
         run_id: the MLflow run it was logged in.
@@ -126,7 +127,7 @@ def register(
             allowed=bundle_id,
             remedy="evaluate this bundle first",
         )
-    with _connected() as client:
+    with connected() as client:
         _ensure_model(client, config.model)
         figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | None)}
         judged = {
@@ -141,7 +142,7 @@ def register(
                         client.set_model_version_tag(config.model, known.version, key, value)
                 return int(known.version)
         if run_id is None or not _is_active(client, run_id):
-            run_id = client.create_run(_experiment(client, config.model)).info.run_id
+            run_id = client.create_run(experiment(client, config.model)).info.run_id
         with mlflow.start_run(run_id) as run:
             mlflow.log_artifacts(str(reports_dir), "reports")
             known = {f"test_{k}": float(v) for k, v in figures.items() if v is not None}
@@ -194,7 +195,7 @@ def gate(
             and returns the content of its metrics.json; called only if the champion was evaluated
             on others.
     """
-    with _connected() as client:
+    with connected() as client:
         candidate = _version(client, model, version)
         checks = _thresholds(candidate.tags, config)
         current = champion(model)
@@ -217,7 +218,7 @@ def promote(model: str, version: int) -> None:
         GateError: the version did not pass.
         RegistryError: there is no such version, or MLflow is away.
     """
-    with _connected() as client:
+    with connected() as client:
         _require_passed(client, model, version)
         current = champion(model)
         if current is not None and current.version == version:
@@ -226,6 +227,27 @@ def promote(model: str, version: int) -> None:
         if current is not None and current.tags.get(VERDICT) == PASSED:
             client.set_registered_model_alias(model, PREVIOUS, str(current.version))
         client.set_registered_model_alias(model, CHAMPION, str(version))
+        if _aliases(client, model).get(CHALLENGER) == str(version):  # it has won
+            client.delete_registered_model_alias(model, CHALLENGER)
+
+
+def challenge(model: str, version: int | None) -> None:
+    """Make a version that passed its gate the challenger; None: there is none any more.
+
+    Raises:
+        GateError: the version did not pass.
+        RegistryError: there is no such version, it is the champion, or MLflow is away.
+    """
+    with connected() as client:
+        if version is None:
+            client.delete_registered_model_alias(model, CHALLENGER)
+            return
+        _require_passed(client, model, version)
+        if _aliases(client, model).get(CHAMPION) == str(version):
+            raise RegistryError(
+                f"version {version} of {model} is champion", remedy="name another version"
+            )
+        client.set_registered_model_alias(model, CHALLENGER, str(version))
 
 
 def rollback(model: str) -> int:
@@ -235,7 +257,7 @@ def rollback(model: str) -> int:
         GateError: its verdict is no longer that it passed.
         RegistryError: there is no previous champion, or MLflow is away.
     """
-    with _connected() as client:
+    with connected() as client:
         previous = _aliases(client, model).get(PREVIOUS)
         if previous is None:
             raise RegistryError(
@@ -257,9 +279,19 @@ def rollback(model: str) -> int:
 
 def champion(model: str) -> Champion | None:
     """The version that the alias names now; None if no version is champion."""
-    with _connected() as client:
-        number = _aliases(client, model).get(CHAMPION)
-        if number is None:
+    return _named(model, CHAMPION)
+
+
+def challenger(model: str) -> Champion | None:
+    """The version to try beside the champion; None if there is none, or it is the champion."""
+    return _named(model, CHALLENGER)
+
+
+def _named(model: str, alias: str) -> Champion | None:
+    with connected() as client:
+        aliases = _aliases(client, model)
+        number = aliases.get(alias)
+        if number is None or (alias == CHALLENGER and number == aliases.get(CHAMPION)):
             return None
         found = _version(client, model, int(number))
         return Champion(int(found.version), found.run_id or "", dict(found.tags))
@@ -273,7 +305,7 @@ def fetch_bundle(model: str, version: int, into: Path) -> Path:
             away.
         BundleError: what came is no bundle.
     """
-    with _connected() as client:
+    with connected() as client:
         expected = _version(client, model, version).tags.get("bundle_id")
         uri = f"models:/{model}/{version}"
         flavor = Model.load(uri).flavors["python_function"]
@@ -299,7 +331,7 @@ def read_metrics(reports_dir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _connected() -> Iterator[mlflow.MlflowClient]:
+def connected() -> Iterator[mlflow.MlflowClient]:
     """A client of the registry; all that goes wrong with it is a RegistryError."""
     # MLflow's own defaults retry for minutes; models are loaded without pickle or not at all.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -330,7 +362,7 @@ def _ensure_model(client: mlflow.MlflowClient, model: str) -> None:
             raise
 
 
-def _experiment(client: mlflow.MlflowClient, model: str) -> str:
+def experiment(client: mlflow.MlflowClient, model: str) -> str:
     """The id of the model's experiment, which bears its name."""
     found = client.get_experiment_by_name(model)
     return str(found.experiment_id if found else client.create_experiment(model))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,25 +24,32 @@ import torch
 from ray import serve
 
 from mm_model.adapters import environment, traces
+from mm_model.adapters.challenger import ChallengerFollower, Followed
 from mm_model.adapters.champion import ChampionFollower
+from mm_model.adapters.comparison import Comparison
 from mm_model.bundle import load_bundle
 from mm_model.config import ServeConfig, load_params, parse
-from mm_model.errors import MMError, ServiceError
+from mm_model.data.files import prune
+from mm_model.errors import GateError, MMError, ServiceError
 from mm_model.geo.grid import Grid
 from mm_model.serving.access import check_exposure, configured_keys, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
 from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.metrics import Metrics, Snapshot
+from mm_model.serving.progress import Progress
 
 # A share of a logical CPU: replicas stand beside training on small machines, and are mostly idle.
 _REPLICA_CPUS = 0.25
 # Health and readiness are answered beside what is queued.
 _OTHER_REQUESTS = 64
 _HEALTH_TIMEOUT_S = 25.0
+_FIRST_LOOK_S = 120.0  # at MLflow, which may be slow; what there is is served afterwards
+_KEPT_LOG_BYTES = 2**30  # of replicas that have ended
 _RAY_START_S = 180.0
 _GATHER_S = 5.0
 _WATCH_S = 5.0
+_COMPARE_POLLS = 12  # of the alias, between two looks at champion and challenger
 _LOG = logging.getLogger("mm_model.endpoint")
 
 
@@ -56,31 +64,41 @@ class Endpoint:
         self._config = parse(ServeConfig, config, "serve configuration")
         if self._config.traces_url is not None:
             traces.send_to(str(self._config.traces_url))
-        self._counted = Metrics()
+        self._counted, self._progress = Metrics(), Progress(self._seek)
         self._place = serve.get_replica_context().replica_id
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
         replicas = self._config.max_replicas or self._config.replicas
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas))
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
+        self._model = model
         self._champion = ChampionFollower(model, cache, self._load)
+        challenger = None
+        if self._config.challenger is not None:
+            challenger = ChallengerFollower(model, cache / "challenger", self._load)
+        self._followed = Followed(self._champion, challenger)
         folder = environment.state_dir() / "jobs" / model
         self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
-        self._champion.start(self._config.alias_poll_s)
+        # Serve asks a replica once it is made: not before it has a model, if there is one.
+        self._champion.start(self._config.alias_poll_s, _FIRST_LOOK_S)
+        if challenger is not None:
+            challenger.start(self._config.alias_poll_s)
+            threading.Thread(target=self._compare, name="comparison", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return build_app(
-            self._champion,
+            self._followed,
             self._config,
             self._keys,
             self._jobs,
             counted=self._counted,
             gather=self._gather,
+            progress=self._progress,
         )
 
     async def counted(self) -> tuple[str, Snapshot]:
         """This replica's name, and what it has counted."""
-        return self._place.unique_id, self._counted.snapshot(self._champion)
+        return self._place.unique_id, self._counted.snapshot(self._followed)
 
     async def _gather(self) -> dict[str, Snapshot]:
         """What all replicas have counted; this one's alone if one of them does not answer."""
@@ -91,6 +109,38 @@ class Endpoint:
         except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
             _LOG.warning("not all replicas say what they have counted: %r", error)
             return dict([await self.counted()])
+
+    async def share_of(self, holder: str, request_id: str) -> float | None:
+        """How far a request is, if it is being answered here."""
+        return self._progress.share(holder, request_id)
+
+    async def _seek(self, holder: str, request_id: str) -> float | None:
+        of = self._place.deployment_id
+        handle = serve.get_deployment_handle(of.name, of.app_name)
+        asked = handle.broadcast("share_of", holder, request_id)
+        try:
+            found = await asked.results_async(timeout_s=_GATHER_S)
+        except (TimeoutError, RuntimeError, ray.exceptions.RayError):
+            return None  # it is asked again
+        return next((share for share in found if share is not None), None)
+
+    def _compare(self) -> None:
+        """Bring both versions' figures to MLflow, now and then; for ever, in a thread."""
+        comparison, of = Comparison(self._model), self._place.deployment_id
+        while True:
+            time.sleep(_COMPARE_POLLS * self._config.alias_poll_s)
+            served, challenger = self._followed.served, self._followed.challenger
+            if served is None or challenger is None:
+                continue
+            try:
+                asked = serve.get_deployment_handle(of.name, of.app_name).broadcast("counted")
+                replicas = dict(asked.results(timeout_s=_GATHER_S))
+                pair = served.identity.version, challenger.identity.version
+                fresh = comparison.take(*pair, replicas)
+                if min(replicas) == self._place.unique_id:  # one writes for all
+                    comparison.write(fresh)
+            except (MMError, TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+                _LOG.warning("champion and challenger are not compared: %s", error)
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose health check raises."""
@@ -109,7 +159,15 @@ class Endpoint:
             max_samples=self._config.max_samples,
             max_batch=self._config.max_batch,
         )
+        began = time.monotonic()
         _probe(generator)
+        if (took_s := time.monotonic() - began) > _HEALTH_TIMEOUT_S:
+            raise GateError(
+                "its smallest answer takes too long",
+                got=f"{took_s:.1f} s",
+                allowed=f"{_HEALTH_TIMEOUT_S:g} s, or its replicas would be replaced for ever",
+                remedy="move the alias to a smaller model",
+            )
         return generator
 
 
@@ -118,6 +176,11 @@ def _log_as_serve_does() -> None:
     ours, serves = logging.getLogger("mm_model"), logging.getLogger("ray.serve")
     ours.handlers, ours.propagate = serves.handlers, False
     ours.setLevel(logging.INFO)
+    prune(_replica_logs(), _KEPT_LOG_BYTES)
+
+
+def _replica_logs() -> Path:
+    return environment.log_dir() / "replicas"
 
 
 def _probe(generator: Generator) -> None:
@@ -151,7 +214,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         health_check_timeout_s=_HEALTH_TIMEOUT_S + 5,
         graceful_shutdown_timeout_s=config.deadline_s,
         graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"encoding": "JSON", "logs_dir": str(environment.log_dir() / "replicas")},
+        logging_config={"encoding": "JSON", "logs_dir": str(_replica_logs())},
         max_surge_percent=100,  # the new replica is ready before the old one stops
     )
     return deployment.bind(config.model_dump(mode="json"), model, keys)

@@ -275,6 +275,21 @@ def promote(version: int, pipeline: PipelineOption = HERE) -> None:
 
 
 @app.command(rich_help_panel=MODELS)
+def challenge(
+    version: Annotated[int | None, typer.Argument(show_default=False)] = None,
+    end: Annotated[bool, typer.Option("--end", help="There is no challenger any more.")] = False,
+    pipeline: PipelineOption = HERE,
+) -> None:
+    """Try a version that passed its gate beside the champion; `serve.challenger` says how."""
+    if (version is None) != end:
+        raise typer.BadParameter("name a version, or --end")
+    _enter(pipeline)
+    from mm_model.cli.models import challenge as challenge_by
+
+    challenge_by(version)
+
+
+@app.command(rich_help_panel=MODELS)
 def rollback(pipeline: PipelineOption = HERE) -> None:
     """Give the alias back to the champion before this one; the endpoint follows."""
     _enter(pipeline)
@@ -377,6 +392,7 @@ def fill(
     uncertainty: UncertaintyOption = False,
     out: OutOption = Path("out"),
     bundle: BundleOption = None,
+    endpoint: EndpointOption = None,
     date: DateOption = None,
     sun_elevation: SunElevationOption = None,
     sun_azimuth: SunAzimuthOption = None,
@@ -397,6 +413,7 @@ def fill(
         uncertainty=uncertainty,
         out=out,
         bundle=bundle,
+        endpoint=endpoint,
     )
 
 

@@ -64,12 +64,10 @@ def generate(
     if endpoint:
         from mm_model.client import Client
 
-        if uncertainty:
-            raise ConfigError("--uncertainty", remedy="ask a bundle for it, not an endpoint")
         with Client(endpoint) as client:
             answer = client.generate_to(
                 out, files, targets=targets, samples=samples, seed=seed, steps=steps,
-                height=size[0], width=size[1], conditions=conditions,
+                height=size[0], width=size[1], uncertainty=uncertainty, conditions=conditions,
             )  # fmt: skip
             written = list(answer.paths)
     else:
@@ -95,22 +93,28 @@ def fill(
     uncertainty: bool,
     out: Path,
     bundle: Path | None,
+    endpoint: str | None,
 ) -> None:
     """Complete a layer, "modality=file", guided by what is observed of it and of others."""
-    from mm_model.serving.requests import SceneRequest
-
     name, _ = _observation(layer, "the layer to fill:")
-    files = _observations([layer, *observe], bundle, None)
-    request = SceneRequest(
-        files,
-        samples=samples,
-        seed=seed,
-        steps=steps,
-        conditions=conditions,
-        fill=name,
-        uncertainty=uncertainty,
-    )
-    written = _through_bundle(bundle or _bundle_at_hand(), request, out)
+    files = _observations([layer, *observe], bundle, endpoint)
+    if endpoint:
+        from mm_model.client import Client
+
+        with Client(endpoint) as client:
+            answer = client.fill_to(
+                out, name, files, samples=samples, seed=seed, steps=steps,
+                uncertainty=uncertainty, conditions=conditions,
+            )  # fmt: skip
+            written = list(answer.paths)
+    else:
+        from mm_model.serving.requests import SceneRequest
+
+        request = SceneRequest(
+            files, samples=samples, seed=seed, steps=steps, conditions=conditions, fill=name,
+            uncertainty=uncertainty,
+        )  # fmt: skip
+        written = _through_bundle(bundle or _bundle_at_hand(), request, out)
     _draw(files, written, f"{name} filled, seed {seed}", out)
 
 

@@ -1,4 +1,4 @@
-"""`mm register`, `mm promote`, `mm rollback`: in the pipeline folder that is the present one."""
+"""`mm register`, `promote`, `challenge` and `rollback`: where the pipeline is."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def promote(version: int) -> None:
     model = load_params().register_.model
     mlflow_registry.promote(model, version)
     Console(soft_wrap=True).print(f"version {version} of {model} is champion")
+
+
+def challenge(version: int | None) -> None:
+    """Try a version that passed its gate beside the champion, or none any more."""
+    model = load_params().register_.model
+    mlflow_registry.challenge(model, version)
+    said = "has no challenger" if version is None else f"is challenged by version {version}"
+    Console(soft_wrap=True).print(f"the champion of {model} {said}")
 
 
 def rollback() -> None:

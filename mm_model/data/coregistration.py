@@ -5,10 +5,15 @@ not contrast, so each becomes features that keep their place: its bands without 
 frequent class of a map; slopes for elevation), and its structure tensor, which knows an edge
 whichever side is brighter. Of every displacement within reach the score is the share of variance
 that two sets of features explain of one another (the mean squared canonical correlation, which for
-normal variables orders displacements as mutual information does). All second moments over the
-pixels valid in both come from the Fourier transform, so a displacement between pixels costs what
-one of whole pixels costs: the peak is searched on whole pixels, then on quarters, and a paraboloid
-is fitted to it.
+normal variables orders displacements as mutual information does). Variances are those of all valid
+pixels, decorrelated once a layer; what depends on the displacement is how the layers vary together,
+how many pixels they have in common, and how much variance the other layer has there. These come
+from the Fourier transform, so a displacement between pixels costs what one of whole pixels costs:
+the peak is searched on whole pixels, then on quarters, and a paraboloid is fitted to it.
+
+Arrays of features are [H, K, W], channels between rows and columns: what is done along rows or
+along columns, smoothing and the transform, is then one product of matrices. At these sizes that
+takes a fraction of the time of a fast transform.
 
 The confidence is the peak's height above the scores elsewhere, in their standard deviations (peak
 to sidelobe ratio); a patch without common structure has no such peak and its shift is unknown.
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +44,11 @@ LEAST_CONFIDENCE = 8.0
 """Below this a shift is unknown; `benchmarks/data_alignment.py` measures what is above."""
 
 _SMOOTH_PX, _TREND_PX = 0.7, 8.0  # standard deviations of the band-pass
+_FINEST = 0.3125  # cycles a pixel, along rows and columns: smoothing has left little above
 _CLASSES = 4  # of a map: the most frequent ones, of which each further one adds little
 _BORDER_PX = 2  # where derivatives know one side only
 _LEAST_TEMPLATE_PX = 256  # fewer common pixels say nothing
+_LEAST_VARIANCE = 0.1  # of the whole layer's: where it has less, hardly anything is to be explained
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Features:
-    """What is compared of a layer: [K, H, W] with means near 0, and where it can be trusted."""
+    """What is compared of a layer: [H, K, W] with means near 0, and where it can be trusted."""
 
     values: F32
     valid: NDArray[np.bool_]
@@ -79,206 +87,293 @@ class Features:
 
     @cached_property
     def template(self) -> NDArray[np.bool_]:
-        """What is trusted and stays inside wherever another image is displaced to."""
+        """What is trusted and lies inside wherever another image is displaced to.
+
+        But for one pixel at the farthest displacements; what the transform brings in there from the
+        other side is a border that is never trusted.
+        """
         inside = np.zeros_like(self.valid)
-        within = slice(self.reach_px, -self.reach_px or None)
+        border = max(0, self.reach_px - 1)
+        within = slice(border, -border or None)
         inside[within, within] = self.valid[within, within]
         return inside
 
     @cached_property
-    def template_spectra(self) -> NDArray[np.complex64]:
-        """Conjugated, as every comparison with these as reference wants them."""
-        return np.conj(_spectra(self.values, self.template))
+    def can_be_found(self) -> bool:
+        """Whether there is anything to be compared."""
+        pixels = min(np.count_nonzero(self.template), np.count_nonzero(self.valid))
+        return self.values.shape[1] > 0 and bool(pixels >= _LEAST_TEMPLATE_PX)
+
+    @cached_property
+    def as_reference(self) -> _Side:
+        return _Side(self.values, self.template)
+
+    @cached_property
+    def as_other(self) -> _Side:
+        return _Side(self.values, self.valid)
 
 
 def features(layer: Layer, modality: Modality, gsd_m: float) -> Features:
     """The structure of a layer, without the contrast of its sensor."""
     values, valid = layer.values, layer.valid
+    within = _Within(valid)
     known = _eroded(valid, _BORDER_PX)
-    nothing = Features(np.zeros((0, *valid.shape), np.float32), known)
-    if min(nothing.template.sum(), known.sum()) < _LEAST_TEMPLATE_PX:
+    nothing = Features(np.zeros((len(valid), 0, valid.shape[1]), np.float32), known)
+    if min(np.count_nonzero(nothing.template), np.count_nonzero(known)) < _LEAST_TEMPLATE_PX:
         return nothing  # nothing could be found
     if modality.is_categorical:
-        codes, counts = np.unique(values[0][valid], return_counts=True)
-        frequent = codes[np.argsort(-counts, kind="stable")][:_CLASSES]
-        bands = (values == frequent[:, None, None]).astype(np.float32)
+        bands = _frequent_classes(values[0], valid)
     else:
-        filled = np.where(valid, values, 0).astype(np.float32)
-        center = np.float32(np.median(filled[:, valid])) if valid.any() else np.float32(0)
-        bands = np.asarray(modality.transform.forward(filled, center, np.float32(10), xp=np))
+        bands = np.ascontiguousarray(np.moveaxis(values, 0, 1), np.float32)
+        bands = within.only(bands)
         if modality.splits_relief:
             # Light and water follow slopes, not heights.
-            slopes = _gradient(_blurred(filled, valid, _SMOOTH_PX))
-            bands = np.arctan(np.concatenate(slopes) / np.float32(gsd_m))
-    bands = _blurred(bands, valid, _SMOOTH_PX)
-    detail = bands - _blurred(bands, valid, _TREND_PX)
-    spread = detail[:, valid].std(axis=1) if valid.any() else np.zeros(len(detail))
+            slopes = _gradient(within.blurred(bands, _SMOOTH_PX))
+            bands = np.arctan(np.concatenate(slopes, axis=1) / np.float32(gsd_m))
+        else:
+            scale = np.float32(10)
+            bands = np.asarray(modality.transform.forward(bands, np.float32(0), scale, xp=np))
+    bands = within.blurred(bands, _SMOOTH_PX)
+    detail = within.only(bands - within.blurred(bands, _TREND_PX))
+    spread = np.sqrt(np.einsum("hkw,hkw->k", detail, detail) / np.float32(np.count_nonzero(valid)))
     alive = spread > 1e-6
-    detail, spread = detail[alive], spread[alive, None, None]
-    if not len(detail):
+    if not alive.any():
         return nothing
-    detail = detail / spread
-    tensor = _structure(detail, valid)
-    return Features(np.concatenate([detail, tensor]).astype(np.float32), known)
+    detail = detail[:, alive] / spread[alive, None]
+    return Features(np.concatenate([detail, _structure(detail, within)], axis=1), known)
 
 
 def find_shift(reference: Features, other: Features) -> Shift:
     """The displacement of `other` against `reference`, or an unknown one."""
     reach = reference.reach_px
-    if (
-        not len(reference.values)
-        or not len(other.values)
-        or min(reference.template.sum(), other.valid.sum()) < _LEAST_TEMPLATE_PX
-    ):
+    if not (reference.can_be_found and other.can_be_found):
         return Shift(np.nan, np.nan, 0.0)
-    moments = _Moments(reference, other)
-    whole = np.arange(-reach, reach + 1, dtype=np.float64)
-    coarse = moments.score(whole, whole)
+    scores = _Scores(reference.as_reference, other.as_other)
+    coarse = scores.at(tuple(range(-reach, reach + 1)), tuple(range(-reach, reach + 1)))
     row, col = (int(i) for i in np.unravel_index(coarse.argmax(), coarse.shape))
     elsewhere = np.ones_like(coarse, np.bool_)
     elsewhere[max(0, row - 2) : row + 3, max(0, col - 2) : col + 3] = False
-    noise = float(coarse[elsewhere].std())
-    confidence = float((coarse[row, col] - coarse[elsewhere].mean()) / max(noise, 1e-6))
+    low = coarse[elsewhere]
+    confidence = float((coarse[row, col] - low.mean()) / max(low.std(), 1e-6))
     unknown = Shift(np.nan, np.nan, confidence)
     if confidence < LEAST_CONFIDENCE or max(abs(row - reach), abs(col - reach)) > reach - 2:
         return unknown
-    quarters = np.arange(-4, 5) / 4
-    rows, cols = whole[row] + quarters, whole[col] + quarters
-    fine = moments.score(rows, cols)
+    rows, cols = (tuple(i - reach + k / 4 for k in range(-4, 5)) for i in (row, col))
+    fine = scores.at(rows, cols)
     top, left = (int(i) for i in np.unravel_index(fine.argmax(), fine.shape))
     if not (0 < top < 8 and 0 < left < 8):
         return unknown
     offset = _summit(fine[top - 1 : top + 2, left - 1 : left + 2])
     if offset is None:
         return unknown
-    return Shift(float(rows[top]) + offset[0] / 4, float(cols[left]) + offset[1] / 4, confidence)
+    return Shift(rows[top] + offset[0] / 4, cols[left] + offset[1] / 4, confidence)
 
 
-class _Moments:
-    """Second moments of two sets of features at any displacement of the second.
+class _Side:
+    """One of two layers that are compared.
 
-    Sums over the pixels valid in both, as products in the frequency domain.
+    Attributes:
+        shape: rows and columns.
+        decorrelate: [K, K], makes features that do not vary together, each of variance 1.
+        spectra: [frequencies of rows, 2 + K, of columns] of the mask, of the mean square of the
+            decorrelated features, and of the features, which are 0 outside the mask.
     """
 
-    def __init__(self, reference: Features, other: Features) -> None:
-        self._shape = reference.valid.shape
-        self._p, self._q = len(reference.values), len(other.values)
-        fx, fy = reference.template_spectra, _spectra(other.values, other.valid)
-        p, q = self._p, self._q
-        both = fx[1 : p + 1, None] * fy[None, 1 : q + 1]
-        self._products = np.concatenate(
-            [fx * fy[:1], fx[:1] * fy[1:], both.reshape(p * q, *fx.shape[1:])]
-        )
+    def __init__(self, values: F32, mask: NDArray[np.bool_]) -> None:
+        height, channels, width = values.shape
+        self.shape = height, width
+        planes = np.empty((2 + channels, height, width), np.float32)
+        planes[0] = mask
+        known = planes[2:]
+        np.multiply(np.moveaxis(values, 1, 0), planes[0], out=known)
+        count = np.float32(np.count_nonzero(mask))
+        known -= (known.sum(axis=(1, 2)) / count)[:, None, None] * planes[0]
+        flat = known.reshape(channels, -1)
+        covariance = (flat @ flat.T).astype(np.float64) / float(count)
+        # A hundredth of the variance as a ridge: bands of a sensor are nearly copies of each other.
+        every = range(channels)
+        covariance[every, every] += 0.01 * covariance.diagonal() + 1e-9
+        self.decorrelate: F32 = np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.float32)
+        apart = self.decorrelate @ flat
+        apart *= apart
+        planes[1] = (apart.sum(axis=0) / channels).reshape(self.shape)
+        self.spectra = _spectra(planes)
 
-    def score(self, rows: NDArray[np.float64], cols: NDArray[np.float64]) -> NDArray[np.float64]:
+
+class _Scores:
+    """How much two layers explain of one another at any displacement of the second."""
+
+    def __init__(self, reference: _Side, other: _Side) -> None:
+        self._x, self._y = reference, other
+        fx, fy = reference.spectra.conj(), other.spectra
+        rows, p, q, cols = len(fx), fx.shape[1] - 2, fy.shape[1] - 2, fx.shape[2]
+        # Of what is summed over common pixels: their number, the variance there, and the products.
+        self._products = np.empty((rows, 2 + p * q, cols), np.complex64)
+        np.multiply(fx[:, :1], fy[:, :2], out=self._products[:, :2])
+        products = self._products[:, 2:].reshape(rows, p, q, cols)
+        np.multiply(fx[:, 2:, None], fy[:, None, 2:], out=products)
+
+    def at(self, rows: tuple[float, ...], cols: tuple[float, ...]) -> NDArray[np.float64]:
         """Mean squared canonical correlation at each displacement, [rows, cols], 0 to 1."""
-        height, width = self._shape
-        down = np.exp(2j * np.pi * np.outer(rows, np.fft.fftfreq(height)))
-        along = np.exp(2j * np.pi * np.outer(np.fft.rfftfreq(width), cols))
-        along[1 : (width + 1) // 2] *= 2  # the half of the spectrum that rfft leaves out
-        sums = down.astype(np.complex64) @ self._products @ along.astype(np.complex64)
-        sums = sums.real.reshape(len(self._products), -1).T.astype(np.float64) / (height * width)
-        p, q = self._p, self._q
-        pairs_x, pairs_y = np.triu_indices(p), np.triu_indices(q)
-        parts = np.cumsum([1, p, len(pairs_x[0]), q, len(pairs_y[0])])
-        count, mean_x, square_x, mean_y, square_y, cross = np.split(sums, parts, axis=1)
-        count = np.maximum(count, 1)
-        mean_x, mean_y = mean_x / count, mean_y / count
-        xx = _covariance(square_x / count, mean_x, pairs_x)
-        yy = _covariance(square_y / count, mean_y, pairs_y)
-        xy = (cross / count).reshape(-1, p, q) - mean_x[:, :, None] * mean_y[:, None]
-        explained = np.linalg.solve(xx, xy) @ np.linalg.solve(yy, xy.transpose(0, 2, 1))
-        share: NDArray[np.float64] = np.trace(explained, axis1=1, axis2=2) / min(p, q)
-        return np.where(count[:, 0] >= _LEAST_TEMPLATE_PX / 2, share, 0).reshape(
-            len(rows), len(cols)
-        )
+        height, width = self._x.shape
+        down = _phases_of_rows(height, rows)
+        along = _phases_of_columns(width, cols)
+        half = down @ self._products.reshape(len(self._products), -1)
+        sums = half.reshape(-1, self._products.shape[2]).view(np.float32) @ along
+        sums = sums.reshape(len(rows), -1, len(cols)) / np.float32(height * width)
+        count = np.maximum(sums[:, 0], 1)
+        variance = np.maximum(sums[:, 1] / count, _LEAST_VARIANCE)
+        p, q = len(self._x.decorrelate), len(self._y.decorrelate)
+        cross = self._x.decorrelate @ sums[:, 2:].reshape(len(rows), p, -1)
+        cross = self._y.decorrelate @ cross.reshape(len(rows) * p, q, -1)
+        cross *= cross
+        explained = cross.reshape(len(rows), p * q, -1).sum(axis=1)
+        share = explained / (count * count * variance * min(p, q))
+        return np.where(count >= _LEAST_TEMPLATE_PX / 2, share, 0).astype(np.float64)
 
 
-def _spectra(values: F32, valid: NDArray[np.bool_]) -> NDArray[np.complex64]:
-    """Of the mask, the values and their products, in this order."""
-    known = np.where(valid, values, np.float32(0))
-    first, second = np.triu_indices(len(values))
-    stack = np.concatenate([valid[None].astype(np.float32), known, known[first] * known[second]])
-    return np.fft.rfft2(stack).astype(np.complex64)
+def _spectra(planes: F32) -> NDArray[np.complex64]:
+    """Of [K, H, W]: [frequencies of rows, K, of columns], up to `_FINEST`."""
+    number, height, width = planes.shape
+    along = planes.reshape(-1, width) @ _waves_of_columns(width)
+    down = _waves_of_rows(height) @ along.view(np.complex64).reshape(number, height, -1)
+    return np.ascontiguousarray(np.moveaxis(down, 0, 1))
 
 
-def _covariance(
-    squares: NDArray[np.float64],
-    means: NDArray[np.float64],
-    pairs: tuple[NDArray[np.intp], NDArray[np.intp]],
-) -> NDArray[np.float64]:
-    first, second = pairs
-    size = means.shape[1]
-    out = np.zeros((len(means), size, size))
-    out[:, first, second] = squares - means[:, first] * means[:, second]
-    out[:, second, first] = out[:, first, second]
-    # A hundredth of the variance as a ridge: bands of a sensor are nearly copies of one another.
-    variance = np.trace(out, axis1=1, axis2=2) / size
-    out[:, range(size), range(size)] += 0.01 * np.maximum(variance, 0)[:, None] + 1e-9
-    return out
+def _frequencies(side: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Those of rows, in both directions, and those of columns, cycles a pixel."""
+    both, half = np.fft.fftfreq(side), np.fft.rfftfreq(side)
+    return both[abs(both) <= _FINEST], half[half <= _FINEST]
+
+
+@lru_cache(maxsize=16)
+def _waves_of_rows(height: int) -> NDArray[np.complex64]:
+    rows, _ = _frequencies(height)
+    waves = np.exp(-2j * np.pi * np.outer(rows, np.arange(height)))
+    return np.asarray(waves, np.complex64)
+
+
+@lru_cache(maxsize=16)
+def _waves_of_columns(width: int) -> F32:
+    """[W, 2 F]: real and imaginary parts side by side, as a complex number lies in memory."""
+    _, cols = _frequencies(width)
+    waves = np.exp(-2j * np.pi * np.outer(np.arange(width), cols))
+    return np.asarray(waves, np.complex64).view(np.float32)
+
+
+@lru_cache(maxsize=1024)
+def _phases_of_rows(height: int, at: tuple[float, ...]) -> NDArray[np.complex64]:
+    rows, _ = _frequencies(height)
+    return np.asarray(np.exp(2j * np.pi * np.outer(at, rows)), np.complex64)
+
+
+@lru_cache(maxsize=1024)
+def _phases_of_columns(width: int, at: tuple[float, ...]) -> F32:
+    """[2 F, n]: what makes the real part of real and imaginary parts that lie side by side."""
+    _, cols = _frequencies(width)
+    phases = np.exp(-2j * np.pi * np.outer(cols, at))
+    phases[cols > 0] *= 2  # the half of the spectrum that is left out of real numbers
+    return np.stack([phases.real, phases.imag], axis=1).reshape(-1, len(at)).astype(np.float32)
 
 
 def _summit(scores: NDArray[np.float64]) -> tuple[float, float] | None:
     """Where the paraboloid through 3 x 3 scores is highest, in steps from the middle."""
+    r, c, rr, rc, cc = (_paraboloid() @ scores.ravel()).tolist()
+    determinant = 4 * rr * cc - rc * rc
+    if rr >= 0 or determinant <= 0:
+        return None
+    down, right = (rc * c - 2 * cc * r) / determinant, (rc * r - 2 * rr * c) / determinant
+    return min(max(down, -1.0), 1.0), min(max(right, -1.0), 1.0)
+
+
+@lru_cache(maxsize=1)
+def _paraboloid() -> NDArray[np.float64]:
+    """[5, 9]: from 3 x 3 values to the least-squares coefficients of r, c, rr, rc and cc."""
     row, col = np.mgrid[-1:2, -1:2].reshape(2, -1).astype(np.float64)
     design = np.stack([np.ones(9), row, col, row * row, row * col, col * col], axis=1)
-    _, r, c, rr, rc, cc = np.linalg.lstsq(design, scores.ravel(), rcond=None)[0].tolist()
-    bend = np.array([[2 * rr, rc], [rc, 2 * cc]])
-    if np.linalg.eigvalsh(bend).max() >= 0:
-        return None
-    down, right = np.clip(-np.linalg.solve(bend, [r, c]), -1, 1).tolist()
-    return down, right
+    return np.linalg.pinv(design)[1:]
 
 
-def _structure(bands: F32, valid: NDArray[np.bool_]) -> F32:
-    """Edges and their direction, whatever their sign: three channels [3, H, W]."""
+def _frequent_classes(codes: NDArray[Any], valid: NDArray[np.bool_]) -> F32:
+    """Where the most frequent classes are, 0 or 1, [H, K, W]."""
+    counts = np.bincount(codes[valid])
+    frequent = np.argsort(-counts, kind="stable")[:_CLASSES]
+    frequent = frequent[counts[frequent] > 0]
+    if len(frequent) > 1 and counts[frequent].sum() == counts.sum():
+        frequent = frequent[:-1]  # it is where the others are not
+    return np.asarray(codes[:, None] == frequent[:, None], np.float32)
+
+
+def _structure(bands: F32, within: _Within) -> F32:
+    """Edges and their direction, whatever their sign: three channels [H, 3, W]."""
     down, right = _gradient(bands)
-    strength = (down**2 + right**2).mean(axis=0)
-    tensor = np.stack(
-        [(down**2 - right**2).mean(axis=0), 2 * (down * right).mean(axis=0), strength]
-    )
+    turned = 2 * (down * right).mean(axis=1)
+    down *= down
+    right *= right
+    strength, difference = (down + right).mean(axis=1), (down - right).mean(axis=1)
     # Divided by its own size, so that one bright edge does not outweigh all others.
     size = np.sqrt(strength)
-    tensor = tensor / (size + np.median(size[valid]) + np.float32(1e-6))
-    tensor = _blurred(tensor, valid, _SMOOTH_PX)
-    tensor = tensor - _blurred(tensor, valid, _TREND_PX)
-    spread = tensor[:, valid].std(axis=1)[:, None, None]
-    return np.asarray(tensor / np.maximum(spread, np.float32(1e-6)), np.float32)
+    typical = np.median(size if within.is_all else size[within.valid])
+    tensor = np.stack([difference, turned, strength], axis=1)
+    tensor /= (size + typical + np.float32(1e-6))[:, None]
+    tensor = within.blurred(tensor, _SMOOTH_PX)
+    tensor -= within.blurred(tensor, _TREND_PX)
+    return tensor
 
 
 def _gradient(bands: F32) -> tuple[F32, F32]:
     """Central differences downwards and to the right; 0 at the border."""
     down, right = np.zeros_like(bands), np.zeros_like(bands)
-    down[:, 1:-1] = (bands[:, 2:] - bands[:, :-2]) / 2
-    right[:, :, 1:-1] = (bands[:, :, 2:] - bands[:, :, :-2]) / 2
+    np.subtract(bands[2:], bands[:-2], out=down[1:-1])
+    np.subtract(bands[:, :, 2:], bands[:, :, :-2], out=right[:, :, 1:-1])
+    down /= 2
+    right /= 2
     return down, right
 
 
-def _blurred(bands: F32, valid: NDArray[np.bool_], sigma_px: float) -> F32:
-    """Gaussian mean over the valid pixels around each (Knutsson's normalised convolution)."""
-    rows, cols = (_bell(side, sigma_px) for side in valid.shape)
-    if valid.all():
-        known, weight = bands, _weight_of_all(valid.shape, sigma_px)
-    else:
-        known, weight = np.where(valid, bands, np.float32(0)), _weight(valid, sigma_px)
-    return np.asarray((rows @ known @ cols) / weight, np.float32)
+class _Within:
+    """Means over the valid pixels alone; `bands` are [H, K, W]."""
+
+    def __init__(self, valid: NDArray[np.bool_]) -> None:
+        self.valid, self.is_all = valid, bool(valid.all())
+        self._known = valid[:, None].astype(np.float32)
+
+    def only(self, bands: F32) -> F32:
+        """With 0 where nothing is known."""
+        return bands if self.is_all else np.where(self.valid[:, None], bands, np.float32(0))
+
+    def blurred(self, bands: F32, sigma_px: float) -> F32:
+        """Gaussian mean around each pixel (Knutsson's normalised convolution)."""
+        if self.is_all:
+            return _filtered(bands, sigma_px)
+        weight = np.maximum(_filtered(self._known, sigma_px), np.float32(1e-6))
+        return np.asarray(_filtered(self.only(bands), sigma_px) / weight)
 
 
-def _weight(valid: NDArray[np.bool_], sigma_px: float) -> F32:
-    rows, cols = (_bell(side, sigma_px) for side in valid.shape)
-    weight = rows @ valid.astype(np.float32) @ cols
-    return np.asarray(np.maximum(weight, np.float32(1e-6)), np.float32)
+def _filtered(bands: F32, sigma_px: float) -> F32:
+    height, channels, width = bands.shape
+    for factor in _bell(height, sigma_px):
+        bands = factor @ bands.reshape(factor.shape[1], -1)
+    bands = bands.reshape(-1, width)
+    for factor in _bell(width, sigma_px):
+        bands = bands @ factor.T
+    return bands.reshape(height, channels, width)
 
 
 @lru_cache(maxsize=16)
-def _weight_of_all(shape: tuple[int, int], sigma_px: float) -> F32:
-    return _weight(np.ones(shape, np.bool_), sigma_px)
+def _bell(side: int, sigma_px: float) -> tuple[F32, ...]:
+    """Gaussian weights [side, side] whose rows add up to 1, as factors that are applied in turn.
 
-
-@lru_cache(maxsize=16)
-def _bell(side: int, sigma_px: float) -> F32:
+    A wide one has few degrees of freedom, so that two thin factors take less work than itself.
+    """
     at = np.arange(side)
-    return np.exp(-0.5 * ((at[:, None] - at) / sigma_px) ** 2).astype(np.float32)
+    weights = np.exp(-0.5 * ((at[:, None] - at) / sigma_px) ** 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    left, size, right = np.linalg.svd(weights)
+    rank = int(np.count_nonzero(size > 1e-3 * size[0]))
+    if 2 * rank >= side:
+        return (weights.astype(np.float32),)
+    return right[:rank].astype(np.float32), (left[:, :rank] * size[:rank]).astype(np.float32)
 
 
 def _eroded(valid: NDArray[np.bool_], by_px: int) -> NDArray[np.bool_]:

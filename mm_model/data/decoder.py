@@ -166,12 +166,12 @@ def _answer(
     if task["do"] == "header":
         files[name] = large or tasks.read(task["bytes"])
         header = raster.read_header(files[name], name)
-        # Tags may be of any length, and nobody asks for them.
+        # Tags may be of any length, and nobody asks for others.
         plain = replace(
             header,
             band_names=tuple(text[:_TEXT] for text in header.band_names),
             units=tuple(text[:_TEXT] for text in header.units),
-            tags={},
+            tags={k: header.tags[k][:_TEXT] for k in raster.OFFSET_TAGS if k in header.tags},
         )
         _say(answers, {"header": asdict(plain)})
         return

@@ -11,10 +11,12 @@ import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from threadpoolctl import ThreadpoolController
 
 from mm_model.config import AlignmentConfig
 from mm_model.data.alignment import align
@@ -78,7 +80,11 @@ class PartMaker:
     def __call__(self, work: Work) -> int | MMError:
         try:
             with self.parts.create() as new:
-                with pa.OSFile(str(new.path), "wb") as stream:
+                # Sums of many threads differ in their last digit from those of one.
+                with (
+                    _libraries().limit(limits=1, user_api="blas"),
+                    pa.OSFile(str(new.path), "wb") as stream,
+                ):
                     count = self._write(work.unit, stream)
                 new.name = f"{work.key}-{count}{_SUFFIX}"
         except MMError as error:
@@ -111,6 +117,12 @@ class PartMaker:
         least = self.min_valid_fraction
         present = {n: y for n, y in patch.layers.items() if _is_present(y, least)}
         return replace(patch, layers=present)
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> ThreadpoolController:
+    """Those of this process that calculate in threads of their own."""
+    return ThreadpoolController()
 
 
 def counts_of_parts(parts: Folder) -> dict[str, int]:

@@ -71,6 +71,11 @@ class OpenFile(FileContainer):  # type: ignore[misc]
 
 _OPEN_NAME = "/open/upload"
 
+OFFSET_TAGS = ("PROCESSING_BASELINE", "BOA_ADD_OFFSET")
+"""Tags that tell of the offset of Sentinel-2's numbers; GDAL's driver for its products writes the
+first.
+"""
+
 # A target pixel that spans more source pixels than this is a summary of them, not a sample.
 _COARSENING = 1.25
 

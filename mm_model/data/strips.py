@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -13,13 +13,14 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # what closing a file raises; it has no public name
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from mm_model.api import SIDECAR
 from mm_model.data import georeference, raster
-from mm_model.data.files import write_atomically
+from mm_model.data.files import check_room, write_atomically
 from mm_model.errors import RasterError
 from mm_model.geo.grid import Grid
 
@@ -80,7 +81,8 @@ class CogWriter:
     """A raster that is written from top to bottom, then made a cloud-optimised GeoTIFF.
 
     Nothing stands at `path` before `finish`; leaving the context without it removes what was
-    written. Overviews are made by averaging numbers, or by the most frequent class.
+    written. Where the disk is full, StorageError is raised. Overviews are made by averaging
+    numbers, or by the most frequent class.
 
     Args:
         path: of the file.
@@ -115,7 +117,7 @@ class CogWriter:
         self._rows, self._held = 0, np.empty((len(band_names), 0, grid.width), dtype)
         self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
         self._cog = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with raster.quiet():
+        with _written(path, self._raw), raster.quiet():
             self._dataset: Any = rasterio.open(
                 self._raw,
                 "w",
@@ -143,7 +145,9 @@ class CogWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._dataset.close()
+        # What was written is not wanted, or is in the other file already.
+        with suppress(RasterioError, CPLE_BaseError):
+            self._dataset.close()
         self._raw.unlink(missing_ok=True)
         self._cog.unlink(missing_ok=True)
 
@@ -159,8 +163,11 @@ class CogWriter:
         self._flush(self._held.shape[1])
         if self._rows != self._grid.height:
             raise RasterError(f"{self.path}: rows", got=self._rows, allowed=self._grid.height)
-        with _written(self.path):
+        with _written(self.path, self._raw):
             self._dataset.close()
+        _check_closed(self._raw, self.path)
+        # With its overviews it takes less than half as much again.
+        with _written(self.path, self._cog, self._raw.stat().st_size * 3 // 2):
             rasterio.shutil.copy(
                 self._raw,
                 self._cog,
@@ -171,6 +178,7 @@ class CogWriter:
                 overview_resampling="mode" if self._categorical else "average",
                 bigtiff="if_safer",
             )
+        _check_closed(self._cog, self.path)
         if self._sidecar is not None:
             write_atomically(self.path.with_name(self.path.name + SIDECAR), self._sidecar)
         self._cog.replace(self.path)
@@ -179,22 +187,28 @@ class CogWriter:
     def _flush(self, rows: int) -> None:
         if rows:
             window = Window(0, self._rows, self._grid.width, rows)
-            with _written(self.path):
+            with _written(self.path, self._raw):
                 self._dataset.write(self._held[:, :rows], window=window)
             self._held, self._rows = self._held[:, rows:], self._rows + rows
 
 
 @contextmanager
-def _written(what: object) -> Iterator[None]:
-    """What goes wrong while it is written is a RasterError."""
+def _written(path: Path, file: Path, more_bytes: int = 2**20) -> Iterator[None]:
+    """What goes wrong while a file is written for a path is a StorageError, or a RasterError."""
     try:
         yield
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError) as error:
+        check_room(file, path.name, more_bytes)
         raise RasterError(
-            f"{what} cannot be written",
-            got=" ".join(str(error.__cause__ or error).split())[:200],
-            remedy="look whether the disk is full",
+            f"{path} cannot be written", got=" ".join(str(error.__cause__ or error).split())[:200]
         ) from error
+
+
+def _check_closed(file: Path, path: Path) -> None:
+    """Raise StorageError if the disk is full: what GDAL writes while it closes a file is lost then,
+    and it does not say so.
+    """
+    check_room(file, path.name)
 
 
 def write_copy(
@@ -206,18 +220,19 @@ def write_copy(
     """Write decoded pixels as they are: what reads the copy reads what the original holds.
 
     Args:
-        path: of the GeoTIFF; the mask is inside it, tags are not copied.
+        path: of the GeoTIFF; the mask is inside it, and no tags but those of an offset.
         header: of the original.
         numbers: of the bands that are copied, from 1.
         rows: from top to bottom: first row, values [bands, rows, W], valid [rows, W].
 
     Raises:
+        StorageError: there is no room for it.
         RasterError: it cannot be written.
     """
     grid, picked = header.grid, [number - 1 for number in numbers]
     options = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": CACHE_MB}
     with (
-        _written("a copy of an upload"),
+        _written(path, path),
         raster.quiet(),
         rasterio.Env(**options),
         rasterio.open(
@@ -243,7 +258,9 @@ def write_copy(
         copy.units = tuple(header.units[k] for k in picked)
         copy.scales = tuple(header.scales[k] for k in picked)
         copy.offsets = tuple(header.offsets[k] for k in picked)
+        copy.update_tags(**{k: header.tags[k] for k in raster.OFFSET_TAGS if k in header.tags})
         for row, values, valid in rows:
             window = Window(0, row, grid.width, values.shape[1])
             copy.write(values, window=window)
             copy.write_mask(valid, window=window)
+    _check_closed(path, path)

@@ -269,6 +269,17 @@ def sample(
     return decode_scene(model, x, mask, z, targets, seeds, steps, **how)
 
 
+def step_count(
+    model: Generative,
+    mask: Tensor,
+    targets: Sequence[str] | Sequence[Sequence[str]],
+    steps: int,
+) -> int:
+    """How many steps `sample` takes, and so how often it calls its `check`."""
+    passes = max(map(len, _plans(model, mask, targets)), default=0)
+    return (SCENE_STEPS * steps if steps > 1 else 0) + passes * steps
+
+
 @torch.no_grad()
 def observed_scene(
     model: Generative,

@@ -58,6 +58,7 @@ _PAGE_POLICY = (
     f"require-trusted-types-for 'script'; {_NEVER}"
 )
 _JOB_PATH = re.compile(r"^/v1/jobs/[0-9a-f]{32}(/result)?$")
+_PROGRESS = "/v1/progress/"
 _LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<scopes>[a-z,]+)\s+(?P<digest>[0-9a-f]{64})")
 
 
@@ -82,7 +83,7 @@ _KNOWN = {
     *(_JOBS, _JOBS + "/{job_id}", _JOBS + "/{job_id}/result"),
     *_OPEN,
     *_NEEDED,
-    *("/v1/model", "/v1/modalities", "/docs", "/openapi.json"),
+    *("/v1/model", "/v1/modalities", "/docs", "/openapi.json", _PROGRESS),
 }
 
 
@@ -294,6 +295,8 @@ class _Seen:
         root, path = scope.get("root_path", ""), scope["path"]
         self.path = path[len(root) :] if root and path.startswith(root) else path
         self._shown = _JOB_PATH.sub(r"/v1/jobs/{job_id}\1", self.path)
+        if self.path.startswith(_PROGRESS):
+            self._shown = _PROGRESS
         self._scope, self._began = scope, time.perf_counter()
         self.key: str | None = None
         self.status, self.received, self.sent = 499, 0, 0  # as where the caller leaves

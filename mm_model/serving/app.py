@@ -1,4 +1,4 @@
-"""The HTTP interface; this module and the jobs' routes know FastAPI."""
+"""The HTTP interface; this module and the routes of jobs and progress know FastAPI."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from opentelemetry.trace import Tracer
+from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -45,12 +46,14 @@ from mm_model.errors import (
 from mm_model.serving import legends, metrics, openapi, page, web
 from mm_model.serving.access import SECURITY_HEADERS, Guard, Keys
 from mm_model.serving.answers import Answer, aligned_answer, answer, embedding_answer, wanted_type
-from mm_model.serving.batching import Batcher, ModelSource, Served
+from mm_model.serving.batching import Batcher, Lane, ModelSource, Served
+from mm_model.serving.challenge import Challenge
 from mm_model.serving.decoders import DecoderPool, shared_pool
 from mm_model.serving.forms import limited_form
 from mm_model.serving.front import Front, request_id_of
 from mm_model.serving.jobs.routes import Jobs, JobsPlace
 from mm_model.serving.presence import while_present
+from mm_model.serving.progress import Progress
 from mm_model.serving.requests import Aligned, Prepared
 from mm_model.serving.scene_answers import answer_scene
 from mm_model.serving.uploads import (
@@ -63,7 +66,7 @@ from mm_model.serving.uploads import (
 )
 from mm_model.serving.watch import TRACER, Watch, watched
 
-_Answering = Callable[[Request, Served, Watch], Awaitable[Response]]
+_Answering = Callable[[Request, list[Part], Lane, Watch], Awaitable[Response]]
 
 _A = TypeVar("_A", bound=Aligned)
 
@@ -76,6 +79,7 @@ def build_app(
     *,
     counted: metrics.Metrics | None = None,
     gather: metrics.Gather | None = None,
+    progress: Progress | None = None,
     tracer: Tracer = TRACER,
 ) -> FastAPI:
     """The endpoint over a source of models, with the limits of the configuration.
@@ -87,9 +91,18 @@ def build_app(
         jobs: where they are kept; it takes none, without.
         counted: where it counts; of its own, without.
         gather: asks all replicas for what they have counted; it is alone, without.
+        progress: where it says how far requests are; of its own, without.
         tracer: where spans go.
     """
-    endpoint = _Endpoint(source, config, jobs, counted or metrics.Metrics(), gather, tracer)
+    endpoint = _Endpoint(
+        source,
+        config,
+        jobs,
+        counted or metrics.Metrics(),
+        gather,
+        progress or Progress(),
+        tracer,
+    )
     app = FastAPI(
         lifespan=endpoint.lifespan,
         title="mm-model",
@@ -110,6 +123,7 @@ def build_app(
         endpoint.align
     )
     endpoint.jobs.add_routes(app, config)
+    endpoint.progress.add_route(app)
     app.get("/v1/model", summary="The version that serves", operation_id="model")(endpoint.model)
     app.get(
         "/v1/modalities",
@@ -154,9 +168,10 @@ class _Endpoint:
         jobs: JobsPlace | None,
         counted: metrics.Metrics,
         gather: metrics.Gather | None,
+        progress: Progress,
         tracer: Tracer,
     ) -> None:
-        self._source = source
+        self._source, self.progress = source, progress
         self.jobs = Jobs(jobs, source, config, self._served)
         self._decoders = shared_pool(config.max_side_px)
         self._metrics, self._gather, self._tracer = counted, gather, tracer
@@ -167,6 +182,7 @@ class _Endpoint:
             counted.batch_size.observe,
             counted.queued.set,
         )
+        self._challenge = Challenge(config, source, counted, lambda: self._batcher.is_busy)
         self._in_progress = 0
         self._limits = Limits(
             max_side_px=config.max_side_px,
@@ -188,7 +204,7 @@ class _Endpoint:
             self._decoders.close()
 
     async def generate(self, request: Request) -> Response:
-        return await self._count("generate", request, self._generate)
+        return await self._count("generate", request, self._generate, challenged=True)
 
     async def embed(self, request: Request) -> Response:
         return await self._count("embed", request, self._embed)
@@ -197,14 +213,19 @@ class _Endpoint:
         return await self._count("align", request, self._align)
 
     async def fill(self, request: Request) -> Response:
-        return await self._count("fill", request, self._fill)
+        return await self._count("fill", request, self._fill, challenged=True)
 
-    async def _count(self, operation: str, request: Request, answering: _Answering) -> Response:
+    async def _count(
+        self, operation: str, request: Request, answering: _Answering, *, challenged: bool = False
+    ) -> Response:
         facts = {"request_id": request_id_of(request.scope)}
-        with watched(operation, request.headers, self._metrics, self._tracer, **facts) as watch:
+        with (
+            watched(operation, request.headers, self._metrics, self._tracer, **facts) as watch,
+            self.progress.of(request, watch),
+        ):
             status = 500
             try:
-                response = await self._admit(request, answering, watch)
+                response = await self._admit(request, answering, watch, challenged)
                 status = response.status_code
                 return response
             except MMError as error:
@@ -220,11 +241,12 @@ class _Endpoint:
             finally:
                 watch.answered(status)
 
-    async def _admit(self, request: Request, answering: _Answering, watch: Watch) -> Response:
-        """Answer if there is room, all within the deadline."""
+    async def _admit(
+        self, request: Request, answering: _Answering, watch: Watch, challenged: bool
+    ) -> Response:
+        """Answer if there is room, all within the deadline; the challenger may come first."""
         served = self._served()
-        watch.version = served.identity.version
-        watch.note(model=served.identity.name, model_version=served.identity.version)
+        watch.serves(served.identity)
         if self._in_progress >= self._limits.max_queued:
             raise OverloadedError(
                 "too many requests are in progress",
@@ -236,7 +258,18 @@ class _Endpoint:
         self._metrics.in_progress.inc()
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                return await answering(request, served, watch)
+                with watch.stage("read"):
+                    parts = await _read_parts(request, self._limits.max_body_bytes)
+
+                async def answer_by(lane: Lane) -> Response:
+                    watch.serves(lane.served.identity)
+                    return await answering(request, parts, lane, watch)
+
+                if challenged:
+                    made = await self._challenge.answer(request_id_of(request.scope), answer_by)
+                    if made is not None:
+                        return made
+                return await answer_by(Lane(served, self._batcher))
         except TimeoutError:
             raise DeadlineError(
                 "the answer took too long",
@@ -247,13 +280,15 @@ class _Endpoint:
             self._in_progress -= 1
             self._metrics.in_progress.dec()
 
-    async def _generate(self, request: Request, served: Served, watch: Watch) -> Response:
-        parts = await self._read(request, watch)
+    async def _generate(
+        self, request: Request, parts: list[Part], lane: Lane, watch: Watch
+    ) -> Response:
+        served = lane.served
         if wants_uncertainty(parts):
-            return await self._whole(request, served, parts, FIELDS)
+            return await self._whole(request, parts, lane, watch, FIELDS)
         prepared = await self._prepared(parts, served, watch, _prepare)
         watch.note(samples=prepared.samples, steps=prepared.steps)
-        sampling = self._batcher.submit(served.generator.sample, prepared, watch.took)
+        sampling = lane.batcher.submit(served.generator.sample, prepared, watch.took, watch.tell)
         result = await while_present(request, sampling)
         for name, values in result.values.items():
             self._metrics.pixels.labels(name).inc(len(values) * prepared.valid.size)
@@ -272,24 +307,37 @@ class _Endpoint:
                 provenance,
                 media_type=_wanted(request, TIFF, ZIP, PNG),
             )
-        return _response(made, provenance)
+        response, request_id = _response(made, provenance), request_id_of(request.scope)
+        repeat = self._challenge.repetition(request_id, prepared, result, served)
+        if repeat is not None:
+            response.background = BackgroundTask(_in_loop, repeat)
+        return response
 
-    async def _fill(self, request: Request, served: Served, watch: Watch) -> Response:
-        return await self._whole(request, served, await self._read(request, watch), FILL_FIELDS)
+    async def _fill(
+        self, request: Request, parts: list[Part], lane: Lane, watch: Watch
+    ) -> Response:
+        return await self._whole(request, parts, lane, watch, FILL_FIELDS)
 
     async def _whole(
-        self, request: Request, served: Served, parts: list[Part], fields: Mapping[str, str]
+        self,
+        request: Request,
+        parts: list[Part],
+        lane: Lane,
+        watch: Watch,
+        fields: Mapping[str, str],
     ) -> Response:
         made, provenance = await while_present(
-            request, answer_scene(parts, fields, served, self._decoders, self._batcher)
+            request, answer_scene(parts, fields, lane, self._decoders, watch.tell)
         )
         return _response(made, provenance)
 
-    async def _embed(self, request: Request, served: Served, watch: Watch) -> Response:
-        parts = await self._read(request, watch)
+    async def _embed(
+        self, request: Request, parts: list[Part], lane: Lane, watch: Watch
+    ) -> Response:
+        served = lane.served
         prepared = await self._prepared(parts, served, watch, _prepare_embedding)
         embedding = await while_present(
-            request, self._batcher.submit(served.generator.scenes, prepared, watch.took)
+            request, lane.batcher.submit(served.generator.scenes, prepared, watch.took)
         )
         origin = SceneOrigin(
             **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
@@ -298,10 +346,6 @@ class _Endpoint:
         with watch.stage("write"):
             made = await asyncio.to_thread(embedding_answer, embedding, origin, media_type)
         return _response(made, origin)
-
-    async def _read(self, request: Request, watch: Watch) -> list[Part]:
-        with watch.stage("read"):
-            return await _read_parts(request, self._limits.max_body_bytes)
 
     async def _prepared(
         self,
@@ -318,8 +362,10 @@ class _Endpoint:
         watch.note(height_px=height, width_px=width, observed=len(prepared.observed))
         return prepared
 
-    async def _align(self, request: Request, served: Served, watch: Watch) -> Response:
-        parts = await self._read(request, watch)
+    async def _align(
+        self, request: Request, parts: list[Part], lane: Lane, watch: Watch
+    ) -> Response:
+        served = lane.served
         aligned = await self._prepared(parts, served, watch, _prepare_embedding)
         origin = Origin(**_origin(served, aligned))
         modalities = served.generator.modalities
@@ -328,9 +374,10 @@ class _Endpoint:
         return _response(made, origin)
 
     async def model(self) -> ModelInfo:
-        served = self._source.served
+        served, challenger = self._source.served, self._source.challenger
         return ModelInfo(
             serving=served.identity if served else None,
+            challenger=challenger.identity if challenger else None,
             modalities=tuple(served.generator.modalities) if served else (),
             refused=self._source.refused,
             registry_error=self._source.registry_error,
@@ -431,6 +478,10 @@ def _response(made: Answer, origin: Origin) -> Response:
         media_type=made.media_type,
         headers={**origin.headers(), "Content-Disposition": disposition},
     )
+
+
+async def _in_loop(task: Callable[[], None]) -> None:
+    task()
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[Part]:

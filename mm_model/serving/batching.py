@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 Took = Callable[[str, float, float], object]
 """Told of a stage of a request: its name, its begin and its end, by `time.perf_counter`."""
+Tell = Callable[[float], object]
+"""Told, in any thread, which share of a request is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class ModelSource(Protocol):
     @property
     def served(self) -> Served | None:
         """None until a model has been loaded."""
+        ...
+
+    @property
+    def challenger(self) -> Served | None:
+        """The version that is tried beside it; None if there is none."""
         ...
 
     @property
@@ -68,6 +75,7 @@ class FixedModel:
     served: Served | None
     refused: tuple[Refusal, ...] = ()
     registry_error: str | None = None
+    challenger: Served | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,7 @@ class _Waiting:
     request: Batched
     answer: asyncio.Future[Any]
     took: Took
+    tell: Tell
     since: float
 
     @property
@@ -108,24 +117,32 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being worked on; for any thread."""
+        return self._worker is not None and not self._worker.done()
+
     async def submit(
         self,
         work: Callable[[Sequence[A], Check], Sequence[T]],
         request: A,
         took: Took = lambda *_: None,
+        tell: Tell = lambda _: None,
     ) -> T:
         """The request's result; cancelling this call takes it out of the queue.
 
         Args:
             work: a generator's method, which answers a batch of such requests; it calls what it
-                gets as second argument now and then, and lets pass what that raises.
+                gets as second argument now and then, with the share done, and lets pass what that
+                raises.
             request: waits for companions with the same `work` and `batch_key`.
             took: told how long it waited ("queue") and was worked on ("sample").
+            tell: told how far it is, once it is worked on.
         """
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(work, request, answer, took, time.perf_counter()))
+        self._waiting.append(_Waiting(work, request, answer, took, tell, time.perf_counter()))
         self._on_queue(len(self._waiting))
-        if self._worker is None or self._worker.done():
+        if not self.is_busy:
             self._worker = asyncio.create_task(self._work())
         return await answer
 
@@ -162,12 +179,22 @@ class Batcher:
         return batch
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A version, and the queue in which requests wait for it."""
+
+    served: Served
+    batcher: Batcher
+
+
 def _answer(batch: list[_Waiting]) -> Sequence[Any]:
     """Runs in a thread; gives up between two steps once every caller has left."""
 
-    def check() -> None:
+    def check(share: float = 0.0) -> None:
         if all(item.answer.done() for item in batch):
             raise _AllLeftError
+        for item in batch:
+            item.tell(share)
 
     return batch[0].work([item.request for item in batch], check)
 

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.datastructures import FormData
 from starlette.requests import Request
 
+from mm_model.data.files import needs_room
 from mm_model.errors import MediaTypeError, TooLargeError
 
 # What a text field of a form may hold at most; a long WKT has some 10 kB.
@@ -23,6 +24,7 @@ async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormDa
     Raises:
         MediaTypeError: the body is no form.
         TooLargeError: it is larger than allowed.
+        StorageError: there is no room for it.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
@@ -36,10 +38,11 @@ async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormDa
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(declared, max_bytes)
     limited = _LimitedReceive(request, max_bytes)
-    async with Request(request.scope, limited).form(
-        max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
-    ) as form:
-        yield form
+    with needs_room("what was sent"):
+        async with Request(request.scope, limited).form(
+            max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
+        ) as form:
+            yield form
 
 
 class _LimitedReceive:

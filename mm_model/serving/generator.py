@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from mm_model.conditions import Conditions, stack_features
 from mm_model.data.circumstances import complete
 from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
 from mm_model.generative.noise import sample_seeds
-from mm_model.generative.sampler import mean_scene, sample
+from mm_model.generative.sampler import mean_scene, sample, step_count
 from mm_model.generative.windows import STRIDE, distance
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -29,6 +30,7 @@ from mm_model.serving.layers import (
     ObservedLayer,
     check_layer,
     check_overlap,
+    check_placed,
     check_position,
     onto,
     reference_grid,
@@ -54,7 +56,8 @@ __all__ = [
 
 MAX_SEED = 2**63 - 1
 
-Check = Callable[[], None]
+Check = Callable[[float], None]
+"""Told now and then which share of the work is done, from 0 to 1; may raise, to give up."""
 A = TypeVar("A", bound=Aligned)
 T = TypeVar("T")
 
@@ -116,14 +119,14 @@ class Generator:
     def sample(self, requests: Sequence[Prepared], check: Check | None = None) -> list[Result]:
         """Answer checked requests; those with equal `batch_key` share batches.
 
-        `check` is called between steps and may raise, to give up.
+        `check` is called between steps; the share is that of the requests that share batches.
         """
         return _by_key(requests, lambda group: self._sample_group(group, check))
 
     def scenes(self, requests: Sequence[Aligned], check: Check | None = None) -> list[Embedding]:
         """Embed checked requests; those with equal `batch_key` share batches.
 
-        `check` is called between batches and may raise, to give up.
+        `check` is called between batches.
         """
         return _by_key(requests, lambda group: self._embed_group(group, check))
 
@@ -187,10 +190,11 @@ class Generator:
             raise RequestError("samples", got=samples, allowed=f"1 to {self.max_samples}")
         for name in (*observed, *targets):
             self.modality(name)
-        if observed and grid is not None:
+        if observed and grid is not None and not grid.crs:
             raise RequestError(
                 "a grid beside observed layers",
-                remedy="leave out width, height, crs and transform: the finest layer says where",
+                got="width and height alone",
+                allowed="width, height, crs and transform; or none: the finest layer says where",
             )
         if not observed and grid is None:
             raise RequestError(
@@ -215,14 +219,19 @@ class Generator:
                 "no layer to embed", allowed="one or more", remedy="send a GeoTIFF of a modality"
             )
 
-    def check_grids(self, grids: Mapping[str, Grid]) -> Grid:
+    def check_grids(self, grids: Mapping[str, Grid], declared: Grid | None = None) -> Grid:
         """The grid of an answer to layers on these grids, in the model's order.
+
+        It is the declared one, or the finest layer's.
 
         Raises:
             TooLargeError, GeoreferenceError: it is too large or too small, or a layer lies
                 elsewhere or nowhere.
         """
-        grid = reference_grid(grids)
+        if declared is not None:
+            check_placed({n: grid for n, grid in grids.items() if grid != declared})
+            check_placed({"that is declared": declared})
+        grid = declared or reference_grid(grids)
         self._check_scene(grid)
         for name, other in grids.items():
             check_overlap(name, other, grid)
@@ -237,7 +246,9 @@ class Generator:
         for name, layer in layers.items():
             self.check_side(name, layer.grid)
             check_layer(self.modalities[name], layer)
-        grid = grid or self.check_grids({n: layer.grid for n, layer in layers.items()})
+        if layers:
+            grid = self.check_grids({n: layer.grid for n, layer in layers.items()}, grid)
+        assert grid is not None  # `check_form` refuses a request with neither
         observed = {
             name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
         }
@@ -299,8 +310,10 @@ class Generator:
             for seed in sample_seeds(request.samples, request.seed)
         ]
         drawn: dict[int, dict[str, NDArray[np.generic]]] = {}
-        for batch in self._batches([request.grid for request, _ in items]):
-            layers = self._sample_batch([items[i] for i in batch], check)
+        batches = list(self._batches([request.grid for request, _ in items]))
+        for number, batch in enumerate(batches):
+            part = check and _part(check, number, len(batches))
+            layers = self._sample_batch([items[i] for i in batch], part)
             drawn.update(zip(batch, layers, strict=True))
         results, start = [], 0
         for request in group:
@@ -318,6 +331,7 @@ class Generator:
         requests, seeds = [item[0] for item in items], [item[1] for item in items]
         x, mask, known = self._encode(requests)
         targets, steps = [request.targets for request in requests], requests[0].steps
+        begun, work = count(), step_count(self.model, mask, targets, steps)
         x = sample(
             self.model,
             x,
@@ -327,7 +341,7 @@ class Generator:
             steps,
             origins=[request.grid.position for request in requests],
             conditions=known,
-            check=check,
+            check=check and (lambda: check(next(begun) / work)),
         )
         # One by one: where images do not fill the processor's vectors, those within a batch
         # straddle them, and round otherwise than alone (elevation of 27 x 45 pixels: by 1e-5 m).
@@ -345,7 +359,7 @@ class Generator:
         size, found = self._batch_size(group[0].grid), []
         for start in range(0, len(group), size):
             if check is not None:
-                check()
+                check(start / len(group))
             batch = group[start : start + size]
             x, mask, known = self._encode(batch)
             scenes = mean_scene(self.model, x, mask, conditions=known).float().cpu().numpy()
@@ -370,6 +384,11 @@ class Generator:
             {n: v[None] for n, v in values.items()}, {n: m[None, None] for n, m in valid.items()}
         )
         return self.model.codec.encode(scene.to(self._device))
+
+
+def _part(check: Check, number: int, of: int) -> Check:
+    """The check of one of several pieces of equal work."""
+    return lambda share: check((number + share) / of)
 
 
 def _embedding(request: Aligned, scene: NDArray[np.float32]) -> Embedding:

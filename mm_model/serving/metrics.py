@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -46,15 +53,15 @@ class Metrics:
         )
         self.seconds = Histogram(
             "mm_request_seconds",
-            "Time from the first byte of a request to its answer",
-            ["operation"],
+            "Time from the first byte of a request to its answer, by the version that gave it",
+            ["operation", "version"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.stage_seconds = Histogram(
             "mm_stage_seconds",
             "Time that requests spent in a stage: read, decode, queue, sample, write",
-            ["operation", "stage"],
+            ["operation", "stage", "version"],
             buckets=_STAGE_SECONDS,
             registry=registry,
         )
@@ -81,6 +88,26 @@ class Metrics:
             "Decoders that died, were killed, or were replaced in turn",
             registry=registry,
         )
+        self.challenged = Counter(
+            "mm_challenger_requests",
+            "Requests for the challenger: answered, or why not",
+            ["version", "outcome"],
+            registry=registry,
+        )
+        self.shadow_seconds = Histogram(
+            "mm_shadow_seconds",
+            "Time that the challenger took to answer unseen, without that of giving way",
+            ["version"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.shadow_difference = Summary(
+            "mm_shadow_difference",
+            "How far the challenger's unseen answers lie from the champion's: mean absolute "
+            "difference in the modality's unit; of classes, the share of pixels that differ",
+            ["version", "modality"],
+            registry=registry,
+        )
         self._drift = Gauge(
             "mm_input_drift",
             "Distance of late input from the training set, 0 (alike) to 1",
@@ -94,9 +121,15 @@ class Metrics:
             ["model", "version", "run_id"],
             registry=registry,
         )
+        self._challenger = Gauge(
+            "mm_challenger_info",
+            "The version that is tried beside the one that serves",
+            ["model", "version", "run_id"],
+            registry=registry,
+        )
         self._versions_refused = Gauge(
             "mm_model_versions_refused",
-            "Versions that the alias named and that were not taken up",
+            "Versions that an alias named and that were not taken up",
             registry=registry,
         )
         self._registry_up = Gauge(
@@ -114,12 +147,12 @@ class Metrics:
 
     def snapshot(self, source: ModelSource) -> Snapshot:
         """All that has been counted so far."""
-        self._model.clear()
-        served = source.served
-        if served is not None:
-            identity = served.identity
-            self._model.labels(identity.name, identity.version, identity.run_id).set(1)
-        self._ready.set(served is not None)
+        for gauge, loaded in ((self._model, source.served), (self._challenger, source.challenger)):
+            gauge.clear()
+            if loaded is not None:
+                identity = loaded.identity
+                gauge.labels(identity.name, identity.version, identity.run_id).set(1)
+        self._ready.set(source.served is not None)
         self._versions_refused.set(len(source.refused))
         self._registry_up.set(source.registry_error is None)
         self._drift.clear()

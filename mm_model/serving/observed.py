@@ -21,7 +21,14 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX
 from mm_model.scene import Scene
 from mm_model.serving.generator import Generator
-from mm_model.serving.layers import bands_of, check_overlap, check_values, elsewhere, in_units
+from mm_model.serving.layers import (
+    bands_of,
+    check_offset,
+    check_overlap,
+    check_values,
+    elsewhere,
+    in_units,
+)
 from mm_model.serving.uploads import check_header
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]
@@ -43,7 +50,7 @@ class ObservedFiles:
     Args:
         files: modality name → GeoTIFF; one or more, and any number of pixels.
         generator: knows the modalities, and the limits.
-        onto: the layer whose grid it shall be; None: the finest.
+        onto: the grid, or the layer whose grid it shall be; None: the finest.
 
     Raises:
         RasterError, LayerError: a file cannot be read, or holds not what its modality is.
@@ -51,7 +58,7 @@ class ObservedFiles:
     """
 
     def __init__(
-        self, files: Mapping[str, Path], generator: Generator, onto: str | None = None
+        self, files: Mapping[str, Path], generator: Generator, onto: str | Grid | None = None
     ) -> None:
         # The model's order, not the caller's: the order of layers decides nothing.
         self._files = {n: files[n] for n in generator.modalities if n in files}
@@ -60,7 +67,10 @@ class ObservedFiles:
         for name, header in self._headers.items():
             check_header(header, self._modalities[name], str(self._files[name]), generator)
         grids = {n: header.grid for n, header in self._headers.items()}
-        self.grid: Grid = generator.check_grids(grids if onto is None else {onto: grids[onto]})
+        if isinstance(onto, str):
+            self.grid: Grid = generator.check_grids({onto: grids[onto]})
+        else:
+            self.grid = generator.check_grids(grids, onto)
         self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
         self.has_holes: set[str] = set()
         for name, grid in grids.items():
@@ -139,7 +149,9 @@ class ObservedFiles:
             raise LayerError(
                 f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
             )
-        check_values(modality, np.concatenate(seen, axis=1))
+        known = np.concatenate(seen, axis=1)
+        check_values(modality, known)
+        check_offset(modality, self._headers[name], known)
 
     def _validity(self, name: str) -> Iterator[NDArray[np.bool_]]:
         """A layer's masks on strips of the grid."""

@@ -135,6 +135,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         429: "Too many requests are in progress; try again after Retry-After seconds",
         503: "No model is loaded yet; try again after Retry-After seconds",
         504: "The answer took longer than the deadline",
+        507: "The disk is full",
     }
     schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
@@ -148,7 +149,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _responses(found: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: found, **problems(400, 401, 403, 413, 415, 422, 429, 503, 504)}
+    return {200: found, **problems(400, 401, 403, 413, 415, 422, 429, 503, 504, 507)}
 
 
 def request_body(

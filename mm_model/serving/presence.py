@@ -15,6 +15,13 @@ CLIENT_LEFT = 499
 """Status of a request whose caller left, in logs and metrics; nginx's number for it."""
 
 
+class CallerLeftError(HTTPException):
+    """The caller left; nobody reads what it says."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIENT_LEFT, "the caller left")
+
+
 async def while_present(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The work's result; the work is cancelled once the caller has closed the connection.
 
@@ -22,7 +29,7 @@ async def while_present(request: Request, work: Coroutine[Any, Any, T]) -> T:
     been read.
 
     Raises:
-        HTTPException: the caller left; nobody reads what it says.
+        CallerLeftError: the connection is closed.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
@@ -30,7 +37,7 @@ async def while_present(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise HTTPException(CLIENT_LEFT, "the caller left")
+        raise CallerLeftError
     finally:
         working.cancel()
         leaving.cancel()

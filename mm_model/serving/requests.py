@@ -31,7 +31,8 @@ class Request:
         samples: how many draws; draw k depends on (seed, k), not on how many there are.
         seed: 0 to 2^63 - 1.
         steps: sampling steps; 1 gives the best single estimate, E[target | observed].
-        grid: where to generate if nothing is observed; None otherwise.
+        grid: where to generate: needed where nothing is observed; layers are warped onto it. None:
+            the finest layer's.
         conditions: what is known besides; what the grid tells need not be said.
     """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mm_model.api import MANIFEST, SIDECAR, TIFF, ZIP, Manifest, ManifestFile, Provenance
 from mm_model.data import raster
+from mm_model.data.files import needs_room
 from mm_model.modalities import Modality
 from mm_model.serving.answers import ZIP_DATE, encode_record
 
@@ -45,7 +46,8 @@ def pack(paths: Sequence[Path], targets: Sequence[Modality]) -> tuple[Path, str,
         files=tuple(files),
     )
     packed = paths[0].with_name(ZIP_NAME)
-    with zipfile.ZipFile(packed, "w") as archive:  # stored: the GeoTIFFs are compressed already
+    # Stored: the GeoTIFFs are compressed already.
+    with needs_room(ZIP_NAME), zipfile.ZipFile(packed, "w") as archive:
         archive.writestr(zipfile.ZipInfo(MANIFEST, ZIP_DATE), encode_record(manifest))
         beside = [path.with_name(path.name + SIDECAR) for path in paths]
         for path in [*paths, *filter(Path.is_file, beside)]:

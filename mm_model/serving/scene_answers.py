@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_model.api import Provenance
+from mm_model.data.files import needs_room
 from mm_model.errors import RequestError
 from mm_model.serving.answers import Answer
-from mm_model.serving.batching import Batcher, Served
+from mm_model.serving.batching import Lane, Served, Tell
 from mm_model.serving.copies import copy_uploads
 from mm_model.serving.decoders import DecoderPool
 from mm_model.serving.generator import Check
@@ -35,20 +36,23 @@ class _Work:
 async def answer_scene(
     parts: Sequence[Part],
     fields: Mapping[str, str],
-    served: Served,
+    lane: Lane,
     decoders: DecoderPool,
-    batcher: Batcher,
+    tell: Tell,
 ) -> tuple[Answer, Provenance]:
     """The answer to a form; cancelling this call ends the work between two windows.
 
     Raises:
         RequestError: what is wrong with the form; one of the subclasses where there is one.
     """
-    with tempfile.TemporaryDirectory(prefix="mm-", ignore_cleanup_errors=True) as name:
+    with (
+        needs_room("what is generated"),
+        tempfile.TemporaryDirectory(prefix="mm-", ignore_cleanup_errors=True) as name,
+    ):
         folder = Path(name)
-        request = await asyncio.to_thread(_copied, parts, fields, served, decoders, folder)
-        work = _Work(served, request, folder / "out")
-        return await batcher.submit(_answer, work)
+        request = await asyncio.to_thread(_copied, parts, fields, lane.served, decoders, folder)
+        work = _Work(lane.served, request, folder / "out")
+        return await lane.batcher.submit(_answer, work, tell=tell)
 
 
 def _copied(
@@ -75,7 +79,11 @@ def _answer(works: Sequence[_Work], check: Check) -> list[tuple[Answer, Provenan
 def _answer_one(work: _Work, check: Check) -> tuple[Answer, Provenance]:
     generator = work.served.generator
     written = write_scene(
-        generator, work.request, work.served.identity, work.folder, lambda *_: check()
+        generator,
+        work.request,
+        work.served.identity,
+        work.folder,
+        lambda done, of: check(done / of),
     )
     path, media_type, provenance = pack(written, list(generator.modalities.values()))
     return Answer(path.read_bytes(), media_type, path.name), provenance

@@ -20,6 +20,7 @@ from torch import Tensor
 from mm_model.api import ModelIdentity, Provenance
 from mm_model.codec import Codec
 from mm_model.data.circumstances import complete
+from mm_model.data.files import needs_room
 from mm_model.data.sidecar import sidecar
 from mm_model.data.strips import CogWriter, bounded_cache, strips
 from mm_model.errors import RequestError
@@ -61,9 +62,10 @@ def write_scene(
 
     Raises:
         RequestError: what is wrong with the request; one of the subclasses where there is one.
+        StorageError: there is no room for what is generated.
         RasterError: a file cannot be read or written.
     """
-    with bounded_cache():
+    with bounded_cache(), needs_room("what is generated"):
         return _Job(generator, request, model, folder, progress).run()
 
 
@@ -102,7 +104,7 @@ class _Job:
         self._targets = check_request(asked, self._generator)
         if not asked.observed:
             return None
-        files = ObservedFiles(asked.observed, self._generator, onto=asked.fill)
+        files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
         if asked.fill is not None and asked.fill not in files.has_holes:
             raise RequestError(
                 f"layer {asked.fill}",

@@ -41,8 +41,10 @@ class Moments:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._stream.close()
+        finally:
+            self._path.unlink(missing_ok=True)
 
     @property
     def band_names(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
-from mm_model.serving.layers import ObservedLayer, bands_of, in_units
+from mm_model.serving.layers import ObservedLayer, bands_of, check_offset, in_units
 from mm_model.serving.requests import SceneRequest, check_request
 
 CONDITION_FIELDS: Mapping[str, str] = {
@@ -43,9 +43,10 @@ FIELDS: Mapping[str, str] = {
     "samples": "number of draws; 1 by default",
     "seed": "whole number from which every draw follows; 0 by default",
     "steps": f"sampling steps; {DEFAULT_STEPS} by default",
-    "width": "columns to generate, where nothing is observed",
-    "height": "rows to generate, where nothing is observed",
-    "crs": "EPSG:<code> or WKT of what is generated, where nothing is observed",
+    "width": "columns to generate; the finest layer's grid by default",
+    "height": "rows to generate; goes with width",
+    "crs": "EPSG:<code> or WKT of what is generated; beside layers, which are warped onto this "
+    "grid, it must be there",
     "transform": "a,b,c,d,e,f: x = a*col + b*row + c, y = d*col + e*row + f; goes with crs",
     "uncertainty": "true: mean and spread of two samples or more, too, or probabilities of classes "
     "and their entropy",
@@ -93,7 +94,7 @@ def read_request(parts: Sequence[Part], generator: Generator, decoder: Decoder) 
     grid = _grid(texts)
     conditions = parse_conditions(texts)
     generator.check_form(tuple(files), targets, grid, **numbers)
-    observed = _read_layers(files, generator, decoder)
+    observed = _read_layers(files, generator, decoder, grid)
     return Request(observed, targets, grid=grid, conditions=conditions, **numbers)
 
 
@@ -108,7 +109,10 @@ def read_embed_request(
 
 
 def _read_layers(
-    given: Mapping[str, bytes | Path], generator: Generator, decoder: Decoder
+    given: Mapping[str, bytes | Path],
+    generator: Generator,
+    decoder: Decoder,
+    declared: Grid | None = None,
 ) -> dict[str, ObservedLayer]:
     """The files' layers; all headers are checked before the first pixel is decoded."""
     files = {n: content for n, content in given.items() if isinstance(content, bytes)}
@@ -116,7 +120,8 @@ def _read_layers(
     headers = {n: read_header(files[n], m, generator, decoder) for n, m in modalities.items()}
     if headers:
         # The model's order, as the generator takes them.
-        generator.check_grids({n: headers[n].grid for n in generator.modalities if n in headers})
+        grids = {n: headers[n].grid for n in generator.modalities if n in headers}
+        generator.check_grids(grids, declared)
     return {n: _decode(files[n], headers[n], m, decoder) for n, m in modalities.items()}
 
 
@@ -164,7 +169,10 @@ def _decode(
     bands = bands_of(header, modality)
     with whole_file():
         found = decoder.pixels(content, f"part {modality.name}", header, bands)
-    return ObservedLayer(*in_units(found, modality), header.grid)
+    values, valid = in_units(found, modality)
+    if valid.any():
+        check_offset(modality, header, values[:, valid])
+    return ObservedLayer(values, valid, header.grid)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from mm_model.api import ModelIdentity
 from mm_model.serving.metrics import Metrics
 
 # Its spans are nothing, and cost as much, until a provider is installed: see `adapters.traces`.
@@ -21,11 +22,12 @@ class Watch:
     """Follows one request; made by `watched`.
 
     Attributes:
-        version: of the model that the request met; "" where there was none.
+        version: of the model that answers; "" where there is none.
+        share: of the work that is done, from 0 to 1.
     """
 
     def __init__(self, operation: str, metrics: Metrics, tracer: Tracer, span: Span) -> None:
-        self.operation, self.version = operation, ""
+        self.operation, self.version, self.share = operation, "", 0.0
         self._metrics, self._tracer, self._span = metrics, tracer, span
         self._context = trace.set_span_in_context(span)
         self._began = time.perf_counter()
@@ -41,7 +43,9 @@ class Watch:
 
     def took(self, stage: str, began: float, ended: float) -> None:
         """A stage went from `began` to `ended`, as `time.perf_counter` tells them."""
-        self._metrics.stage_seconds.labels(self.operation, stage).observe(ended - began)
+        self._metrics.stage_seconds.labels(self.operation, stage, self.version).observe(
+            ended - began
+        )
         if self._span.is_recording():
             # Spans are dated by the clock of the day.
             offset = time.time() - time.perf_counter()
@@ -50,14 +54,24 @@ class Watch:
             )
             span.end(int((ended + offset) * 1e9))
 
+    def serves(self, identity: ModelIdentity) -> None:
+        """This version answers."""
+        self.version = identity.version
+        self.note(model=identity.name, model_version=identity.version)
+
     def note(self, **facts: str | int) -> None:
         """Facts of the request for its span; nothing of what was sent."""
         self._span.set_attributes({f"mm.{name}": fact for name, fact in facts.items()})
 
+    def tell(self, share: float) -> None:
+        """So much of the work is done; for any thread."""
+        self.share = share
+
     def answered(self, status: int) -> None:
         """The request ended so."""
         self._metrics.requests.labels(self.operation, status, self.version).inc()
-        self._metrics.seconds.labels(self.operation).observe(time.perf_counter() - self._began)
+        seconds = self._metrics.seconds.labels(self.operation, self.version)
+        seconds.observe(time.perf_counter() - self._began)
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             self._span.set_status(Status(StatusCode.ERROR))

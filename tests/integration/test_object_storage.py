@@ -1,9 +1,12 @@
 """Stores, rasters and a DVC remote in object storage: a real S3 server on loopback."""
 
+import hashlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +223,65 @@ def test_ray_workers_write_to_a_bucket(tmp_path, s3, monkeypatch, free_tcp_port)
     pipeline(tmp_path / "two", 6, workers=2, shards="s3://world/two")
     assert "24 patches" in run(tmp_path / "two", "mm_model.stages.prepare")
     same(PatchStore("s3://world/two"), PatchStore(tmp_path / "alone/data/patches"))
+
+
+def content(client, folder):
+    """Hashes of everything in the bucket, and of what lies in the folder."""
+    there = {
+        key: client.get_object(Bucket="world", Key=key)["Body"].read()
+        for key in objects(client, "world")
+    }
+    here = {p.name: p.read_bytes() for p in (folder / "data/patches").iterdir()}
+    return [
+        {k: hashlib.sha256(v).hexdigest() for k, v in sorted(found.items())}
+        for found in (there, here)
+    ]
+
+
+def kill_when(folder, client, is_time):
+    """Start the stage and kill it, with SIGKILL, as soon as the bucket's keys say so."""
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mm_model.stages.prepare"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "MM_PROJECT": str(folder)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 240
+    try:
+        while not is_time(objects(client, "world")):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was through before it could be killed"
+
+
+def test_killed_while_it_writes_to_a_bucket_it_ends_in_the_same_hashes(tmp_path, s3):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        pipeline(folder, 12, shards=URL)
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        params["prepare"]["shard_patches"] = 4  # many shards, so that kills hit them
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    run(whole, "mm_model.stages.prepare")
+    undisturbed = content(s3, whole)
+    for key in objects(s3, "world"):
+        s3.delete_object(Bucket="world", Key=key)
+
+    def number(keys, suffix):
+        return sum(key.endswith(suffix) for key in keys)
+
+    kill_when(killed, s3, lambda keys: number(keys, ".part") >= 3)
+    parts = {k: v for k, v in objects(s3, "world").items() if k.endswith(".part")}
+    kill_when(killed, s3, lambda keys: number(keys, ".part") > len(parts) + 2)
+    kill_when(killed, s3, lambda keys: number(keys, ".arrow") >= 7)
+    left = objects(s3, "world")
+    assert {k: left[k] for k in parts} == parts  # what was made is not made again
+    assert not (killed / "data/patches").exists()
+    run(killed, "mm_model.stages.prepare")
+    assert content(s3, killed) == undisturbed

@@ -341,6 +341,24 @@ def test_what_runs_can_be_cancelled(browser, address):
         expect(page.locator("#generate")).to_be_enabled()
 
 
+def test_it_shows_the_share_of_the_steps_that_is_done(browser, address):
+    with opened(browser, address) as page:
+        for field, value in {"width": 96, "height": 96, "samples": 16, "steps": 64}.items():
+            page.locator(f"#{field}").fill(str(value))
+        page.get_by_role("button", name="Generate").click()
+        elapsed = page.locator("#elapsed")
+        expect(elapsed).to_have_text(re.compile(r"^\d+ %, \d+ s$"))
+        first = share_of(page)
+        assert 0 < first < 1
+        page.wait_for_function(f"document.getElementById('bar').position > {first}")
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#status")).to_have_text("Cancelled.")
+
+
+def share_of(page) -> float:
+    return page.get_by_role("progressbar").evaluate("bar => bar.position")
+
+
 def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(browser):
     key, line = new_key("somebody", frozenset({KeyScope.GENERATE}))
     with endpoint(keys=parse_keys(line, "test")) as address, browser.new_context() as context:

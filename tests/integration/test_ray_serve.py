@@ -20,6 +20,7 @@ import mlflow
 import pytest
 
 from mm_model.adapters import mlflow_registry as registry
+from mm_model.adapters.comparison import RUN_TAG
 from mm_model.bundle import save_bundle
 from mm_model.client import Client
 from mm_model.conditions import Conditions
@@ -33,7 +34,7 @@ from test_mlflow_registry import config_of, make_reports  # noqa: E402
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 MODEL = "served"
-CONFIG = serve_config(alias_poll_s=0.5, deadline_s=30)
+CONFIG = serve_config(alias_poll_s=0.5, deadline_s=30, challenger={"mode": "share", "share": 0.5})
 SERVE_FOREVER = """
 from mm_model.adapters import environment
 environment.enter()
@@ -78,10 +79,13 @@ class Platform:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def point_alias(self, version: int) -> None:
+    @property
+    def store(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(self.env["MLFLOW_TRACKING_URI"])
+
+    def point_alias(self, version: int, alias: str = registry.CHAMPION) -> None:
         """As a person does in MLflow's UI, past all our code."""
-        client = mlflow.MlflowClient(self.env["MLFLOW_TRACKING_URI"])
-        client.set_registered_model_alias(MODEL, registry.CHAMPION, str(version))
+        self.store.set_registered_model_alias(MODEL, alias, str(version))
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> httpx.Response:
@@ -217,6 +221,43 @@ def test_the_alias_moves_under_load_and_no_request_is_lost(platform, versions):
     served = [version for _, version in answers]
     assert set(served) == {str(first), str(second)}
     assert served[-1] == str(first)
+
+
+def test_a_challenger_takes_its_share_and_both_have_figures(platform, versions):
+    first, second = versions["first"], versions["second"]
+    with Client(platform.url) as client, load(platform.url) as answers:
+        client.wait_ready(30, first)
+        platform.point_alias(versions["broken"], registry.CHALLENGER)
+        wait_until(lambda: str(versions["broken"]) in {r.version for r in client.model().refused})
+        assert {version for _, version in answers} == {str(first)}
+        platform.point_alias(second, registry.CHALLENGER)
+        wait_until(lambda: str(second) in {version for _, version in answers})
+        figures = wait_until(lambda: compared(platform, second))
+        platform.store.delete_registered_model_alias(MODEL, registry.CHALLENGER)
+        wait_until(lambda: client.model().challenger is None)
+        seen = len(answers)
+        wait_until(lambda: len(answers) > seen + 12)
+    assert {status for status, _ in answers} == {200}
+    assert {version for _, version in answers[seen + 6 :]} == {str(first)}
+    for role in ("champion", "challenger"):
+        assert figures[f"{role}.answered"] > 0
+        assert figures[f"{role}.mean_s"] > 0
+    assert figures["outcomes.answered"] == figures["challenger.answered"]
+
+
+def compared(platform, challenger: int) -> dict[str, float]:
+    """What the run says that compares a challenger; nothing before it has answered."""
+    run_id = platform.store.get_model_version(MODEL, str(challenger)).tags.get(RUN_TAG)
+    found = platform.store.get_run(run_id).data.metrics if run_id else {}
+    return found if found.get("challenger.answered") else {}
+
+
+def wait_until(found, seconds: float = 90):
+    give_up = time.monotonic() + seconds
+    while not (it := found()):
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    return it
 
 
 def test_it_embeds_and_takes_what_is_known(platform, versions):

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -146,6 +147,32 @@ def test_replicas_are_seen_as_one_and_a_request_is_found_by_its_id(project):
     assert audit["path"] == "/v1/generate"
     assert audit["status"] == 200
     assert audit["replica"] in answered(pages[0])
+
+
+def test_how_far_a_request_is_is_known_whichever_replica_is_asked(project):
+    fields = {"width": 768, "height": 512, "steps": 16, "samples": 4}
+    form = {name: (None, str(value)) for name, value in fields.items()}
+    shares: list[float] = []
+
+    def ask() -> None:
+        with suppress(httpx.ReadTimeout), httpx.Client(timeout=300) as http:
+            http.post(f"{url()}/v1/generate", files=form, headers={"X-Request-ID": "long"})
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with httpx.Client(timeout=60) as http:
+
+        def share() -> float | None:
+            answer = http.get(f"{url()}/v1/progress/long")
+            return answer.json()["share"] if answer.is_success else None
+
+        wait_until(lambda: share())
+        while len(shares) < 12 and (found := share()) is not None:
+            shares.append(found)
+        assert len(shares) == 12  # of two replicas, each will have been asked
+        assert shares == sorted(shares)
+        asking.join()
+        assert share() is None
 
 
 def test_clients_lose_no_request_when_a_replica_is_killed(project):

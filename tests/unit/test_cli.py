@@ -50,7 +50,7 @@ def test_every_verb_is_on_the_help_page(mm) -> None:
     status, text, _ = mm("--help")
     assert status == 0
     verbs = """doctor up down status serve demo prepare split catalogue validate stats train
-    evaluate register promote rollback generate embed fill show"""
+    evaluate register promote challenge rollback generate embed fill show"""
     for verb in verbs.split():
         assert f" {verb} " in text
 
@@ -252,6 +252,15 @@ def test_wrong_use_of_generate(mm, tmp_path: Path, arguments: tuple[str, ...], s
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_filling_asks_the_endpoint_that_is_named(mm, tmp_path: Path) -> None:
+    layer = tmp_path / "dem.tif"
+    layer.write_bytes(geotiff("dem"))
+    arguments = ("fill", f"dem={layer}", "--endpoint", "http://127.0.0.1:1", "--out")
+    status, _, err = mm(*arguments, tmp_path / "out")
+    assert (status, "mm up" in err) == (1, True)
+    assert mm(*arguments, tmp_path / "out", "--bundle", "a")[0] == 1
 
 
 def test_show_a_bundle_and_an_answer(mm, bundle: Path, tmp_path: Path) -> None:

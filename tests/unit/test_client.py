@@ -210,6 +210,31 @@ def test_it_does_not_ask_for_ever(ask, waits):
     assert len(script.got) == 4
 
 
+class EnoughError(Exception):
+    pass
+
+
+def test_who_has_answered_before_is_waited_for(monkeypatch):
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 9:
+            raise EnoughError
+
+    status, headers, body = tiff()
+    with Script((status, {**headers, "Connection": "close"}, body)).serving() as url:
+        speaker = Client(url)
+        generate(speaker)
+    monkeypatch.setattr(client.time, "sleep", sleep)
+    with speaker, pytest.raises(EnoughError):
+        generate(speaker)
+    assert max(pauses) <= 6
+    with Client(url) as stranger, pytest.raises(ServiceError, match="nobody answers"):
+        generate(stranger)
+    assert len(pauses) == 9 + 3
+
+
 def test_our_own_fault_is_not_asked_for_again(ask, waits):
     told = http_problem(500, "internal error (KeyError)", "the-id")
     script = Script((500, {"Content-Type": PROBLEM}, told.model_dump_json().encode()), tiff())

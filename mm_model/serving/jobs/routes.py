@@ -77,8 +77,8 @@ class Jobs:
     def add_routes(self, app: FastAPI, config: ServeConfig) -> None:
         """The paths below /v1/jobs."""
         made: dict[int | str, dict[str, Any]] = {201: {"description": "The job", "model": JobInfo}}
-        refused = openapi.problems(400, 401, 403, 413, 415, 422, 429, 503, 404)
-        found = openapi.problems(401, 403, 404)
+        refused = openapi.problems(400, 401, 403, 413, 415, 422, 429, 503, 404, 507)
+        found = openapi.problems(401, 403, 404, 503)
         app.post(
             "/v1/jobs",
             status_code=201,
@@ -103,7 +103,7 @@ class Jobs:
             response_class=Response,
             responses={
                 200: {"description": "What was generated", "content": media},
-                **openapi.problems(401, 403, 404, 409),
+                **openapi.problems(401, 403, 404, 409, 503),
             },
         )(self.result)
         app.delete(
@@ -112,7 +112,7 @@ class Jobs:
             summary="Cancel a job and forget what it made",
             operation_id="delete_job",
             response_class=Response,
-            responses={**found},
+            responses={**found, **openapi.problems(507)},
         )(self.delete)
 
     def start(self) -> None:

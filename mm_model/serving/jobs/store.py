@@ -9,9 +9,11 @@ so.
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
 from mm_model.api import JobState, Problem, problem_of
-from mm_model.errors import MMError, OverloadedError, ServiceError
+from mm_model.errors import MMError, OverloadedError, ServiceError, StorageError
 
 LEASE_S = 15.0
 """Silence after which a job's process is taken for dead."""
@@ -48,6 +50,7 @@ _TABLE = sa.Table(
     sa.Column("result", sa.Text),
 )
 _C = _TABLE.c
+_DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -92,21 +95,34 @@ class JobStore:
         model: whose jobs these are.
 
     Raises:
-        ServiceError: the database does not answer.
+        ServiceError: the database does not answer; so does every method.
+        StorageError: it has no room; so does every method that changes something.
     """
 
     def __init__(self, url: str, model: str) -> None:
         self._model = model
         try:
             self._engine = sa.create_engine(url, pool_pre_ping=True)
-            with self._engine.begin() as connection:
-                if self._engine.dialect.name == "sqlite":
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-                connection.execute(CreateTable(_TABLE, if_not_exists=True))
         except (sa.exc.SQLAlchemyError, ImportError) as error:
-            raise ServiceError(
-                "the jobs' database does not answer", got=type(error).__name__
-            ) from error
+            raise _away(error) from error
+        with self._connected() as connection:
+            if self._engine.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            connection.execute(CreateTable(_TABLE, if_not_exists=True))
+
+    @contextmanager
+    def _connected(self) -> Iterator[sa.Connection]:
+        """A transaction; what the database says of itself becomes an error of ours."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            if _is_full(error.orig):
+                raise StorageError(
+                    "there is no room in the jobs' database",
+                    remedy="make room on its disk, then try again",
+                ) from error
+            raise _away(error) from error
 
     def close(self) -> None:
         self._engine.dispose()
@@ -116,7 +132,7 @@ class JobStore:
         mine = (_C.model == self._model) & (_C.owner == owner)
         jobs = sa.select(sa.func.count()).where(mine & _C.state.in_(_UNFINISHED))
         stored = sa.select(sa.func.coalesce(sa.func.sum(_C.stored_bytes), 0)).where(mine)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             count, total = connection.scalar(jobs), connection.scalar(stored)
         if int(count or 0) >= max_jobs:
             raise OverloadedError(
@@ -153,7 +169,7 @@ class JobStore:
             "created_s": time.time(),
             **{"done": 0, "work": 0, "attempt": 0, "holder": "", "lease_until_s": 0.0},
         }
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(_TABLE.insert().values(**values))
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
@@ -161,7 +177,7 @@ class JobStore:
         query = _TABLE.select().where((_C.id == job_id) & (_C.model == self._model))
         if owner is not None:
             query = query.where(_C.owner == owner)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             row = connection.execute(query).mappings().first()
         return None if row is None else _job(row)
 
@@ -170,7 +186,7 @@ class JobStore:
         now, holder = time.time(), uuid.uuid4().hex
         silent = (_C.state == JobState.RUNNING) & (_C.lease_until_s < now)
         free = (_C.model == self._model) & ((_C.state == JobState.QUEUED) | silent)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             query = sa.select(_C.id, _C.attempt).where(free).order_by(_C.created_s)
             found = connection.execute(query).all()
         for job_id, attempt in found:
@@ -222,18 +238,27 @@ class JobStore:
 
     def delete(self, job_id: str) -> None:
         """Forget a job; who works on it notices."""
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(_TABLE.delete().where(_C.id == job_id))
 
     def expired(self) -> list[str]:
         """Jobs whose time is over."""
         query = sa.select(_C.id).where((_C.model == self._model) & (_C.expires_s < time.time()))
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             return list(connection.scalars(query))
 
     def _update(self, where: sa.ColumnElement[bool], values: Mapping[str, Any]) -> bool:
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             return connection.execute(_TABLE.update().where(where).values(**values)).rowcount == 1
+
+
+def _away(error: Exception) -> ServiceError:
+    return ServiceError("the jobs' database does not answer", got=type(error).__name__)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return full or getattr(error, "sqlstate", None) == _DISK_FULL
 
 
 def _held(job: Job) -> sa.ColumnElement[bool]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mm_model.config import JobsConfig
+from mm_model.data.files import needs_room
 from mm_model.errors import MMError
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import copy_file
@@ -72,19 +73,24 @@ class Worker:
             thread.join(_STOP_S)
 
     def _loop(self) -> None:
-        keep_s = self._config.keep_hours * 3600
-        self._sweep()
+        keep_s, swept, said = self._config.keep_hours * 3600, False, ""
         while not self._ending.wait(_LOOK_S):
             try:
+                if not swept:
+                    self._sweep()
+                    swept = True
                 for job_id in self._store.expired():
                     self._store.delete(job_id)
                     shutil.rmtree(self._folder / job_id, ignore_errors=True)
                 served = self._source.served
                 job = self._store.claim(keep_s) if served is not None else None
+                said = ""
                 if job is not None and served is not None:
                     self._work(job, served, keep_s)
-            except Exception:  # a database that is away comes back; the thread must be there then
-                _LOG.exception("jobs are not worked off")
+            except Exception as error:  # what is away comes back; the thread must be there then
+                if repr(error) != said:  # not every second
+                    _LOG.exception("jobs are not worked off")
+                said = repr(error)
 
     def _work(self, job: Job, served: Served, keep_s: float) -> None:
         place = self._folder / job.id
@@ -92,7 +98,7 @@ class Worker:
         folder = place / f"{job.attempt}-{job.holder[:8]}"
         outcome: MMError | dict[str, object]
         try:
-            with _Held(self._store, job, self._ending) as held:
+            with _Held(self._store, job, self._ending) as held, needs_room("what the job makes"):
                 outcome = self._answer(job, served, place, folder, held)
         except _LostError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +115,9 @@ class Worker:
             shutil.rmtree(folder, ignore_errors=True)
         size = sum(p.stat().st_size for p in folder.glob("*")) if folder.is_dir() else 0
         if self._store.finish(job, outcome, size, keep_s):
-            shutil.rmtree(place / UPLOADS, ignore_errors=True)
+            # What was sent, and what attempts have left whose process was killed.
+            for other in set(place.glob("*")) - {folder}:
+                shutil.rmtree(other, ignore_errors=True)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             self._clean(job)
@@ -176,13 +184,16 @@ class _Held:
         self.check()
 
     def _renew(self) -> None:
+        said = ""
         while not self._over.wait(min(_LOOK_S, LEASE_S / 4)):
             try:
                 if not self._store.renew(self._job, *self._at):
                     self._lost.set()
                     return
-            except Exception:  # until the lease is over, the database may come back
-                _LOG.exception("job %s: the database is away", self._job.id)
+            except Exception as error:  # until the lease is over, the database may come back
+                if repr(error) != said:  # not every second
+                    _LOG.exception("job %s: the database is away", self._job.id)
+                said = repr(error)
 
 
 def for_scenes(generator: Generator, config: JobsConfig) -> Generator:

@@ -4,6 +4,8 @@ tests/integration/test_ray_serve.py.
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,38 @@ def test_a_damaged_cache_ends_no_poll(registry, tmp_path):
     follower.poll()
     assert follower.served is None
     assert "MLflow" in follower.registry_error
+
+
+def test_it_begins_with_what_there_is_or_after_a_while_without(registry, tmp_path):
+    go_on = threading.Event()
+
+    def slow(folder: Path) -> str:
+        assert go_on.wait(60)
+        return load(folder)
+
+    follower = ChampionFollower("m", tmp_path, slow)
+    follower.start(poll_s=60, wait_s=0.05)
+    assert follower.served is None
+    another = ChampionFollower("m", tmp_path / "other", slow)
+    threading.Timer(0.3, go_on.set).start()
+    another.start(poll_s=60, wait_s=60)
+    assert another.served.identity.version == "1"
+
+
+def test_a_version_that_found_no_room_is_fetched_again(registry, tmp_path, monkeypatch):
+    follower = ChampionFollower("m", tmp_path, load)
+    follower.poll()
+    registry["champion"] = (2, "passed")
+    with monkeypatch.context() as full:
+
+        def fetch(*_: object) -> Path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(module.mlflow_registry, "fetch_bundle", fetch)
+        follower.poll()
+        follower.poll()
+    assert follower.served.identity.version == "1"
+    assert "No space" in follower.refused[0].reason
+    follower.poll()
+    assert follower.served.identity.version == "2"
+    assert follower.refused == ()

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from threadpoolctl import threadpool_limits
 
 from mm_model.config import AlignmentConfig
 from mm_model.data.alignment import align
@@ -150,6 +151,23 @@ class OnePatch:
 
     def read(self, unit):
         yield self.patch
+
+
+def test_what_is_measured_does_not_depend_on_the_number_of_threads(wide, tmp_path):
+    found = []
+    for threads in (1, 2):
+        out = tmp_path / str(threads)
+        with threadpool_limits(threads, "blas"):
+            prepare(
+                OnePatch(patch_of(wide)),
+                out,
+                SENSORS,
+                shard_patches=4,
+                min_valid_fraction=0.5,
+                alignment=AlignmentConfig(action="keep", max_shift_px=1.5),
+            )
+        found.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert found[0] == found[1]
 
 
 def test_the_index_holds_what_was_measured_and_done(wide, tmp_path):

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 from serving_fixtures import ask, form, geotiff, make_source, serve_config
 
+from mm_model.api import ModelIdentity
 from mm_model.data.drift import MOST_DISTANCE
 from mm_model.serving.app import build_app
+from mm_model.serving.batching import Served
 from mm_model.serving.drift import LEAST_LAYERS
 from mm_model.serving.metrics import Metrics
 
@@ -34,14 +38,21 @@ OF_THE_SCRAPE = frozenset({"job", "instance"})
 def own_metrics() -> Mapping[str, frozenset[str]]:
     """Samples that an endpoint in use shows → their labels, those of a scrape among them."""
     source, counted = make_source(max_side_px=64), Metrics()
+    other = ModelIdentity(name="mm-test", version="4")
+    source = replace(source, challenger=Served(source.served.generator, other))
 
     async def gather() -> Mapping[str, Any]:
         return {"one": counted.snapshot(source)}
 
-    app = build_app(source, serve_config(), counted=counted, gather=gather)
+    config = serve_config(challenger={"mode": "shadow", "share": 1.0})
+    app = build_app(source, config, counted=counted, gather=gather)
     request = form({"sar": geotiff("sar")}, target="dem", steps=1)
     ask(app, *[request] * LEAST_LAYERS, form({"sar": b"no"}))
     (page,) = ask(app, ("GET", "/metrics", {}))
+    give_up = time.monotonic() + 120
+    while "mm_shadow_difference_sum" not in page.text:  # it comes after the answer
+        assert time.monotonic() < give_up
+        (page,) = ask(app, ("GET", "/metrics", {}))
     found: dict[str, set[str]] = defaultdict(set)
     for family in text_string_to_metric_families(page.text):
         for sample in family.samples:

@@ -35,7 +35,10 @@ PLAUSIBLE = {
 }
 
 
-def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
+SIZE = Size(16, 16, 32, 1, 1, 1, 2, 4)
+
+
+def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0, size: Size = SIZE) -> Bundle:
     """Weights are random, those that start at zero too: every input reaches every output.
 
     Widths are multiples of 16, as in every declared size: see `sampler.Chunks`.
@@ -45,9 +48,7 @@ def make_bundle(names: tuple[str, ...] = NAMES, seed: int = 0) -> Bundle:
     statistics = {"patches": 4, "places": 2, "modalities": measured}
     seen = [{"modalities": list(names), "patches": 4}]
     torch.manual_seed(seed)
-    model = SceneModel(
-        modalities, Size(16, 16, 32, 1, 1, 1, 2, 4), Codec(modalities, statistics), seen, PATCH_PX
-    )
+    model = SceneModel(modalities, size, Codec(modalities, statistics), seen, PATCH_PX)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -132,7 +132,7 @@ def test_it_can_be_given_up(generator):
     class LeftError(Exception):
         pass
 
-    def check() -> None:
+    def check(_: float) -> None:
         raise LeftError
 
     prepared = generator.prepare_embedding(EmbedRequest({"sar": make_layer("sar")}))
@@ -240,7 +240,7 @@ def test_callers_of_both_operations_share_the_queue_and_nobody_notices(source):
             counts[f'mm_requests_total{{operation="{operation}",status="200",version="3"}}']
             == "8.0"
         )
-        assert counts[f'mm_request_seconds_count{{operation="{operation}"}}'] == "8.0"
+        assert counts[f'mm_request_seconds_count{{operation="{operation}",version="3"}}'] == "8.0"
     assert float(counts["mm_batch_size_count"]) < 16
 
 

@@ -200,7 +200,7 @@ FAR = Grid("EPSG:32633", (10.1, 0.0, 900_000.0, 0.0, -9.9, 5_000_000 / 7), 24, 4
         (Request({"sar": make_layer("sar")}, ("sar",)), RequestError, "leave out sar"),
         (Request({"sar": make_layer("sar")}, ("map", "map")), RequestError, "once"),
         (Request({n: make_layer(n) for n in NAMES}), RequestError, "every modality"),
-        (Request({"sar": make_layer("sar")}, grid=GRID), RequestError, "width"),
+        (Request({"sar": make_layer("sar")}, grid=replace(GRID, crs="")), RequestError, "width"),
         (Request({"sar": make_layer("sar")}, samples=5), RequestError, "1 to 4"),
         (Request({"sar": make_layer("sar")}, samples=0), RequestError, "1 to 4"),
         (Request({"sar": make_layer("sar")}, seed=-1), RequestError, "seed"),
@@ -263,7 +263,7 @@ def test_sampling_can_be_given_up_between_steps(generator):
     class LeftError(Exception):
         pass
 
-    def check() -> None:
+    def check(_: float) -> None:
         raise LeftError
 
     with pytest.raises(LeftError):

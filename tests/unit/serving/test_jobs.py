@@ -1,6 +1,19 @@
-"""Long jobs: the interface over ASGI, with a real model, database and files."""
+"""Long jobs: the interface over ASGI, with a real model, database and files.
 
+What the store promises is tested with SQLite, and with a PostgreSQL where its server is installed.
+"""
+
+import asyncio
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -8,9 +21,9 @@ import pytest
 from serving_fixtures import ask, form, geotiff, make_layer, make_source, refused, serve_config
 
 from mm_model.api import JobInfo, JobState, Provenance
-from mm_model.client import Client
+from mm_model.client import AsyncClient, Client
 from mm_model.data import raster
-from mm_model.errors import OverloadedError, RequestError
+from mm_model.errors import OverloadedError, RequestError, ServiceError, StorageError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.access import KeyScope, new_key, parse_keys
@@ -28,8 +41,8 @@ CONFIG = serve_config(max_side_px=96)
 GRID = Grid("EPSG:32633", (10.0, 0.0, 500_030.0, 0.0, -10.0, 4_999_950.0), 300, 44)
 
 
-def endpoint(folder: Path, **more):
-    return build_app(SOURCE, CONFIG, jobs=JobsPlace(folder, model="mm-test"), **more)
+def endpoint(folder: Path, database: str = "", **more):
+    return build_app(SOURCE, CONFIG, jobs=JobsPlace(folder, database, "mm-test"), **more)
 
 
 def create(app, files=None, headers=None, **fields):
@@ -63,8 +76,8 @@ def library(folder: Path, contents: dict[str, bytes], **asked) -> bytes:
     return path.read_bytes()
 
 
-def test_a_job_makes_of_a_large_scene_what_the_library_makes(tmp_path):
-    app, sar = endpoint(tmp_path / "jobs"), geotiff("sar", GRID)
+def test_a_job_makes_of_a_large_scene_what_the_library_makes(tmp_path, database):
+    app, sar = endpoint(tmp_path / "jobs", database), geotiff("sar", GRID)
     response = create(app, {"sar": sar}, target="dem", seed=3)
     assert response.status_code == 201, response.text
     job = JobInfo.model_validate_json(response.content)
@@ -113,9 +126,52 @@ def test_jobs_belong_to_keys(tmp_path):
         refused(get(app, below, method), 401, "unauthenticated")
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL of our own."""
+    pytest.importorskip("psycopg")
+    tools = {name: shutil.which(name) for name in ("initdb", "postgres")}
+    if None in tools.values():
+        pytest.skip("no PostgreSQL server is installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # It refuses to run as root, and nobody else may look into pytest's folders.
+    with tempfile.TemporaryDirectory(prefix="mm-pg-", ignore_cleanup_errors=True) as name:
+        user = "nobody" if os.getuid() == 0 else None
+        if user:
+            shutil.chown(name, user)
+        data = f"{name}/data"
+        made = [tools["initdb"], "-D", data, "-U", "mm", "-A", "trust", "--no-sync"]
+        subprocess.run(made, user=user, cwd=name, check=True, capture_output=True)
+        command = [tools["postgres"], "-D", data, "-p", str(port), "-k", name, "-F"]
+        server = subprocess.Popen([*command, "-h", "127.0.0.1"], user=user, cwd=name)
+        try:
+            url = f"postgresql+psycopg://mm@127.0.0.1:{port}/postgres"
+            give_up = time.monotonic() + 60
+            while True:
+                try:
+                    JobStore(url, "is it there").close()
+                    break
+                except ServiceError:
+                    assert time.monotonic() < give_up
+                    time.sleep(0.1)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)  # at once, whoever is connected
+            server.wait(60)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    return request.getfixturevalue("postgres")
+
+
 @pytest.fixture
-def store(tmp_path):
-    found = JobStore(f"sqlite:///{tmp_path}/jobs.db", "mm-test")
+def store(database):
+    found = JobStore(database, f"mm-test-{time.time_ns()}")
     yield found
     found.close()
 
@@ -134,6 +190,67 @@ def test_a_job_is_held_by_one_and_passed_on_when_that_one_falls_silent(store, mo
     assert store.claim(60) is None
     assert store.finish(second, {"file": "second"}, 1, 60)
     assert store.get("a" * 32).result == {"file": "second"}
+
+
+def test_many_who_ask_for_work_at_once_never_hold_one_job_together(store):
+    ids = {f"{number:032}" for number in range(12)}
+    for job_id in ids:
+        store.add(job_id, "", [], [], 0)
+    held, lock = [], threading.Lock()
+
+    def ask() -> None:
+        while True:
+            job = store.claim(60)
+            with lock:
+                if job is None:
+                    # Somebody was faster with each that was free when it looked.
+                    if len(held) == len(ids):
+                        return
+                    continue
+                held.append(job.id)
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert sorted(held) == sorted(ids)
+
+
+def test_a_database_that_is_away_is_said_to_be(tmp_path):
+    with pytest.raises(ServiceError, match="jobs' database does not answer"):
+        JobStore("postgresql+psycopg://mm@127.0.0.1:9/postgres?connect_timeout=2", "mm-test")
+    found = JobStore(f"sqlite:///{tmp_path}/jobs.db", "mm-test")
+    found.close()
+    (tmp_path / "jobs.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ServiceError, match="jobs' database does not answer"):
+        found.get("a" * 32)
+
+
+def test_a_full_disk_is_a_problem_and_leaves_nothing(tmp_path):
+    """A limit on the size of a file stands for the disk."""
+    app, sar = endpoint(tmp_path / "jobs"), geotiff("sar", GRID)
+    large = geotiff("sar", Grid(GRID.crs, GRID.transform, 600, 500))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(sar) - 1, before[1]))
+    try:
+        kept = create(app, {"sar": sar}, target="dem")  # small enough to stay in memory till then
+        spooled = create(app, {"sar": large}, target="dem")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for response in (kept, spooled):
+        assert "what was sent" in refused(response, 507, "storage").detail
+    assert [p.name for p in (tmp_path / "jobs").iterdir() if p.is_dir()] == []
+    assert ended(app, create(app, {"sar": sar}, target="dem").json()["id"]).problem is None
+
+
+def test_a_full_database_says_so(tmp_path):
+    found = JobStore(f"sqlite:///{tmp_path}/jobs.db", "mm-test")
+    with found._engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 10")
+    with pytest.raises(StorageError, match="no room in the jobs' database"):
+        found.add("a" * 32, "", [("crs", "x" * 100_000)], [], 0)
+    found.close()
 
 
 def test_a_job_that_ends_every_process_is_given_up(store, monkeypatch):
@@ -219,3 +336,13 @@ def test_the_client_fills_and_keeps_jobs(tmp_path):
             client.job(job.id)
         with pytest.raises(RequestError, match="no such job"):
             client.save_result(job.id, tmp_path / "out")
+        asked = {"samples": 2, "steps": 1, "uncertainty": True}
+        made = client.generate({"dem": dem}, ["sar"], **asked)
+
+    async def ask_again():
+        transport = httpx.ASGITransport(app)
+        async with AsyncClient("http://test", transport=transport) as client:
+            return await client.generate({"dem": dem}, ["sar"], **asked)
+
+    assert set(made.files) == {"sar_0.tif", "sar_1.tif", "sar_uncertainty.tif"}
+    assert asyncio.run(ask_again()).files == made.files

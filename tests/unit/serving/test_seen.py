@@ -128,14 +128,14 @@ def test_figures_of_a_request(source):
     ask(app, sar_to_dem(samples=3), form({"sar": geotiff("sar")}, path="/v1/embed"))
     found = counted(app)
     for operation in ("generate", "embed"):
-        assert value(found, "mm_request_seconds_count", operation=operation) == 1
+        assert value(found, "mm_request_seconds_count", operation=operation, version="3") == 1
         for stage in STAGES:
-            labels = {"operation": operation, "stage": stage}
+            labels = {"operation": operation, "stage": stage, "version": "3"}
             assert value(found, "mm_stage_seconds_count", **labels) == 1, labels
         # Stages follow each other: together they take no longer than the request.
-        total = value(found, "mm_request_seconds_sum", operation=operation)
+        total = value(found, "mm_request_seconds_sum", operation=operation, version="3")
         stages = [
-            value(found, "mm_stage_seconds_sum", operation=operation, stage=stage)
+            value(found, "mm_stage_seconds_sum", operation=operation, stage=stage, version="3")
             for stage in STAGES
         ]
         assert all(seconds > 0 for seconds in stages)

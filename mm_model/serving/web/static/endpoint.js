@@ -2,6 +2,8 @@
 
 export const BASE = new URL(".", location.href).href;
 
+const ASK_MS = 1000; // between two questions for how far a request is
+
 let key = "";
 
 export function useKey(given) {
@@ -36,6 +38,7 @@ export async function get(path) {
  * @param {FormData} form
  * @param {{signal?: AbortSignal, onprogress?: (phase: string, share: number | null) => void}} how
  *   phase is "sending", "computing" or "receiving"; share goes from 0 to 1, null where unknown.
+ *   While it computes, the endpoint is asked for the share by the request's id.
  * @returns {Promise<{bytes: Uint8Array, header: (name: string) => string | null}>}
  */
 export function post(path, form, { signal, onprogress = () => {} } = {}) {
@@ -44,9 +47,27 @@ export function post(path, form, { signal, onprogress = () => {} } = {}) {
     request.open("POST", BASE + path);
     request.responseType = "arraybuffer";
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
+    const id = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+    request.setRequestHeader("X-Request-ID", id);
+    let asking = 0;
+    const ask = async () => {
+      try {
+        const { share } = await get(`v1/progress/${id}`);
+        if (asking && request.readyState < XMLHttpRequest.LOADING) onprogress("computing", share || null);
+      } catch { // it waits to be read, or is answered by now
+      }
+      if (asking) asking = setTimeout(ask, ASK_MS);
+    };
     const share = (event) => (event.lengthComputable ? event.loaded / event.total : null);
     request.upload.onprogress = (event) => onprogress("sending", share(event));
-    request.upload.onload = () => onprogress("computing", null);
+    request.upload.onload = () => {
+      onprogress("computing", null);
+      asking = setTimeout(ask, ASK_MS);
+    };
+    request.onloadend = () => {
+      clearTimeout(asking);
+      asking = 0;
+    };
     request.onprogress = (event) => onprogress("receiving", share(event));
     request.onload = () => {
       const bytes = new Uint8Array(request.response);

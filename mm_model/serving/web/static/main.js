@@ -245,14 +245,16 @@ $("ask").addEventListener("submit", async (event) => {
   running = new AbortController();
   const began = performance.now(), given = fields(), grid = aligned?.grid ?? null;
   const watch = setInterval(() => {
-    $("elapsed").textContent = `${((performance.now() - began) / 1000).toFixed(0)} s`;
+    const seconds = `${((performance.now() - began) / 1000).toFixed(0)} s`;
+    $("elapsed").textContent = done ? `${done}, ${seconds}` : seconds;
   }, 250);
   setBusy(true);
   const words = { sending: "Sending the files", computing: "Generating", receiving: "Receiving" };
-  let phase = "";
+  let phase = "", done = "";
   const onprogress = (now, share) => {
     if (share === null) $("bar").removeAttribute("value");
     else $("bar").value = share;
+    done = share === null ? "" : `${Math.floor(share * 100)} %`;
     if (now !== phase) say(`${words[(phase = now)]} …`);
   };
   try {
