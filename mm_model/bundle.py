@@ -30,7 +30,7 @@ from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import Modality
 from mm_model.nn.model import SceneModel
 
-FORMAT = 2  # 1: elevation had one channel a band
+FORMAT = 3  # 1: elevation had one channel a band; 2: the decoder read x_t without a closed form
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 _MODEL_KEYS = {"size", "modalities", "added", "seen_sets", "patch_px"}
 _KEYS = {
@@ -247,7 +247,12 @@ def _check_keys(record: Any, expected: set[str], where: str) -> None:
 
 def _parse_manifest(record: Any, file: Path) -> Manifest:
     if isinstance(record, dict) and record.get("format") != FORMAT:
-        raise BundleError(f"format of {file}", got=record.get("format"), allowed=FORMAT)
+        raise BundleError(
+            f"format of {file}",
+            got=record.get("format"),
+            allowed=FORMAT,
+            remedy="train it again, or load it with the version of mm_model that made it",
+        )
     _check_keys(record, _KEYS, str(file))
     _check_keys(record["model"], _MODEL_KEYS, f"{file}: model")
     expected = _bundle_id(record)

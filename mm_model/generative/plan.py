@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the decoder: its targets, and the observed modalities that it sees directly."""
+    """One run of the decoder: its targets, and the modalities that it sees directly, which are
+    observed or made by a pass before.
+    """
 
     targets: frozenset[str]
     direct: frozenset[str]
@@ -29,18 +31,30 @@ def plan(
 
     Each pass takes the seen set with the most observed modalities, then the most open targets, then
     the most patches. Where no seen set holds a target beside anything observed, that target comes
-    from z alone, by itself; where nothing is observed, targets come together.
+    from z alone, by itself. Where nothing is observed, targets come one after another, the last one
+    first (what lies where before how it looks), and each sees those before it: a scene leaves every
+    pixel much freedom, in which targets that are made together do not agree (measured).
 
     Args:
         observed: modalities with any known pixel.
-        targets: modalities to make; none of them observed.
+        targets: modalities to make, in the model's order; none of them observed.
         seen_sets: sets that occurred together in training, with the number of their patches.
         alone: targets that get a pass of their own each, so that asking for them changes nothing
             in the others.
     """
     known = frozenset(observed)
     sets = sorted(seen_sets, key=lambda s: (-s[1], sorted(s[0])))
-    passes = []
+    passes: list[Pass] = []
+    if not known:
+        made: set[str] = set()
+        for target in [t for t in reversed(targets) if t not in alone] + list(alone):
+            if target in targets:
+                beside = max(
+                    (s & made for s, _ in sets if target in s), key=len, default=frozenset()
+                )
+                passes.append(Pass(frozenset({target}), frozenset(beside)))
+                made.add(target)
+        return tuple(passes)
     groups = [{t} for t in targets if t in alone]
     for open_ in [{t for t in targets if t not in alone}, *groups]:
         while open_:
@@ -48,12 +62,12 @@ def plan(
             # max keeps the first of equals: the set with the most patches.
             best = max(useful, key=_rank(known, open_), default=frozenset())
             direct = best & known
-            if direct or (not known and best):
-                made = frozenset(best & open_)
+            if direct:
+                now = frozenset(best & open_)
             else:
-                made = frozenset({next(t for t in targets if t in open_)})
-            passes.append(Pass(made, frozenset(direct)))
-            open_ -= made
+                now = frozenset({next(t for t in targets if t in open_)})
+            passes.append(Pass(now, frozenset(direct)))
+            open_ -= now
     return tuple(passes)
 
 

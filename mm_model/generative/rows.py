@@ -38,8 +38,6 @@ Each network asks for every row of windows once, from top to bottom."""
 
 # (x_t of windows or None, context of their row, first columns, t) → what is expected of them.
 _Estimate = Callable[[Tensor | None, Any, Sequence[int], float], Tensor]
-# (estimate of rows, context of the row of windows that they begin) → the same with what is known.
-_Fix = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,18 +112,15 @@ class RowSampler:
             made: targets, and what the decoder sees directly.
             seed: of the sample.
             steps: of the flow from noise to the targets.
-            kept: targets whose observed pixels stay what they are, at every step.
+            kept: targets that are observed in parts: seen there, and made in their holes alone.
         """
         model, windows = self.model, self.frame.windows
         names = [n for n in model.names if n in made.targets]
         channels = _channels(model, names)
         used = _channels(model, [n for n in model.names if n in made.direct or n in kept])
-        makes, sees = _flags(model, names), _flags(model, made.direct)
+        makes, sees = _flags(model, names), _flags(model, {*made.direct, *kept})
         high, wide = windows.size
         owner = _owner(model)
-        fixed = _channels(model, [n for n in names if n in kept])
-        place = torch.isin(channels, fixed).nonzero()[:, 0]
-        source = torch.searchsorted(used, fixed)
 
         def context_of(row: int) -> tuple[int, Tensor, Tensor]:
             x, mask = self.observed(row, high)
@@ -137,7 +132,7 @@ class RowSampler:
             n = len(columns)
             shown = _cut(mask, columns, wide)
             present = shown & sees
-            wanted = _cut(self._inside(row, high), columns, wide) & makes
+            wanted = _cut(self._inside(row, high), columns, wide) & makes & ~present
             pixels = x.new_zeros(n, model.codec.channels, high, wide)
             pixels[:, used] = _cut(x, columns, wide)
             noisy = torch.zeros_like(pixels)
@@ -160,13 +155,6 @@ class RowSampler:
             )[0]
             return raw[:, channels.to(device)]
 
-        def fix(strip: Tensor, context: Any) -> Tensor:
-            _, x, mask = context
-            rows = strip.shape[1]
-            known = mask[owner[fixed], :rows]
-            strip[place] = torch.where(known, x[source, :rows], strip[place])
-            return strip
-
         def drawn(rows: int, across: int, where: tuple[int, int]) -> Tensor:
             counts = [len(_channels(model, [n])) for n in names]
             parts = zip(names, counts, strict=True)
@@ -174,12 +162,16 @@ class RowSampler:
 
         noise = _noise_strips(drawn, windows, self.frame.start)
         contexts = (context_of(row) for row in windows.rows)
-        strips = self._flow(
-            windows, noise, contexts, estimate, steps, TARGET_POWER, fix if len(fixed) else None
-        )
+        strips = self._flow(windows, noise, contexts, estimate, steps, TARGET_POWER)
+        stays = torch.tensor([n in kept for n in model.names])[owner][:, None, None]
+        row = 0
         for strip in strips:
             whole = strip.new_zeros(model.codec.channels, *strip.shape[1:])
             whole[channels] = strip
+            if kept:
+                x, mask = self.observed(row, strip.shape[1])
+                whole = torch.where(stays & mask[owner], x, whole)
+            row += strip.shape[1]
             yield whole
 
     @property
@@ -238,7 +230,6 @@ class RowSampler:
         estimate: _Estimate,
         steps: int,
         power: float,
-        fix: _Fix | None = None,
     ) -> Iterator[Tensor]:
         """`sampler.euler` in strips: each step pulls from the one before.
 
@@ -247,7 +238,7 @@ class RowSampler:
         strips = noise
         pairs = pairwise(step_times(steps, power))
         for (t, after), of_rows in zip(pairs, tee(contexts, steps), strict=True):
-            strips = self._step(windows, strips, of_rows, estimate, t, after, fix)
+            strips = self._step(windows, strips, of_rows, estimate, t, after)
         return strips
 
     def _step(
@@ -258,7 +249,6 @@ class RowSampler:
         estimate: _Estimate,
         t: float,
         after: float,
-        fix: _Fix | None = None,
     ) -> Iterator[Tensor]:
         """One step from strips at time t to strips at `after`, [C, rows, W] each.
 
@@ -288,8 +278,6 @@ class RowSampler:
             assert sums is not None
             done = end - row
             strip = sums[:, :done] / total[:done]
-            if fix is not None:
-                strip = fix(strip, context)
             if held is not None:
                 strip = advance(strip, held[:, :done], t, after)
                 held = held[:, done:].clone()  # a view would keep all of it

@@ -21,6 +21,7 @@ from mm_model.generative.noise import batch_noise, scene_noise
 from mm_model.generative.path import advance, step_times
 from mm_model.generative.plan import Pass, plan
 from mm_model.generative.windows import STRIDE, Frame, distance
+from mm_model.scene import Scene
 
 Check = Callable[[], None]
 
@@ -198,6 +199,7 @@ def decode_scene(
         1,
     ).to(x)
     result = torch.zeros_like(x)
+    x, mask = x.clone(), mask.clone()  # of later passes what earlier ones made, too
     for k in range(max(map(len, passes), default=0)):
         rows = [i for i, p in enumerate(passes) if k < len(p)]
         direct = _flags(model, [passes[i][k].direct for i in rows], x.device)
@@ -226,6 +228,9 @@ def decode_scene(
 
         made_x = euler(estimate, noise[rows], steps, check, TARGET_POWER)
         result[rows] = torch.where(makes, made_x, result[rows])
+        for i in rows:
+            if passes[i][k].targets & frozenset().union(*(p.direct for p in passes[i][k + 1 :])):
+                x[i], mask[i] = _beside(model, frame, result[i], passes[i][: k + 1])
     return frame.crop(result)
 
 
@@ -355,6 +360,20 @@ class Chunks:
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
+def _beside(
+    model: Generative, frame: Frame, result: Tensor, passes: Sequence[Pass]
+) -> tuple[Tensor, Tensor]:
+    """What was made from nothing as though it were observed: x [C, H, W] and mask [M, H, W].
+
+    On its way it takes physical units: one class a pixel, and elevation split anew.
+    """
+    made = [n for n in model.names if any(n in p.targets for p in passes)]
+    values = model.codec.decode(frame.crop(result[None]), made)
+    everywhere = {n: torch.ones_like(v[:, :1], dtype=torch.bool) for n, v in values.items()}
+    x, mask = model.codec.encode(Scene(values, everywhere))
+    return frame.pad(x)[0], frame.pad(mask)[0]
+
+
 def _known(conditions: Tensor | None, x: Tensor) -> Tensor:
     """Features [B, K] on the device of x; 0 where nothing is known."""
     if conditions is None:
@@ -394,7 +413,8 @@ def _plans(
                 allowed=[n for n in model.names if n not in observed],
                 remedy="a modality is either observed or a target",
             )
-        plans.append(plan(observed, names, model.seen_sets, model.added_names))
+        ordered = sorted(names, key=model.names.index)
+        plans.append(plan(observed, ordered, model.seen_sets, model.added_names))
     return plans
 
 

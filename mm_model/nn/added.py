@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.nn.blocks import FINE_STRIDE, TimeFeatures, fold, to_image, to_tokens, unfold, zero_
+from mm_model.nn.pixels import PixelNetworks, Sureness, uncorrelated
 
 
 class Added(nn.Module):
@@ -22,6 +23,8 @@ class Added(nn.Module):
         encoder_width, decoder_width, fine_width: channels of the convolutions that it joins.
         dim: width of the decoder's condition.
         z: channels of the scene.
+        first: modality of each channel, of those learnt first. Its pixels tell of these alone by
+            themselves, and theirs nothing of it: that is left to the convolutions.
     """
 
     def __init__(
@@ -32,9 +35,11 @@ class Added(nn.Module):
         fine_width: int,
         dim: int,
         z: int,
+        first: Tensor,
     ) -> None:
         super().__init__()
         self.channels = channels
+        modalities = int(first.max()) + 1
         cell = FINE_STRIDE**2
         self.time = TimeFeatures()
         self.encoder_pixels = nn.Conv2d(channels * cell, encoder_width, 3, padding=1, bias=False)
@@ -46,6 +51,10 @@ class Added(nn.Module):
         self.base = nn.Linear(decoder_width, channels * cell)
         self.fine_out = zero_(nn.Conv2d(fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
+        owner = torch.zeros(channels, dtype=torch.long)
+        self.pixel_networks = PixelNetworks(len(first), modalities, owner)
+        self.sureness = Sureness(modalities, decoder_width, channels)
+        self.mixing = uncorrelated(channels)
 
     def encoder_input(self, x: Tensor, mask: Tensor) -> Tensor:
         """What the encoder's first features gain: [B, width, H/4, W/4].

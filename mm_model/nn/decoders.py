@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,37 @@ from mm_model.nn.blocks import (
     unfold,
     zero_,
 )
+from mm_model.nn.pixels import PixelNetworks, Sureness, Waves, uncorrelated
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
 
+class Context(NamedTuple):
+    """What D makes of all but the measurement x_t; float32.
+
+    Attributes:
+        mean: expected clean values, or class logits, [B, C, H, W].
+        log_variance: of the values about `mean`, beside that of the data, [B, C, H, W].
+        log_scales: of what each scale of x_t counts for, beside its first, [B, C, scales].
+        pixel: as `mean`, of each pixel's observed values alone. Trains that part alone.
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+    log_scales: Tensor
+    pixel: Tensor
+
+
 class Decoder(nn.Module):
-    """D(x, t, present, wanted, z, conditions) → raw outputs: clean values, or class logits."""
+    """D(x, t, present, wanted, z, conditions) → expected clean values or logits, and how sure.
+
+    Args:
+        owner: modality of each channel, [C], of those that are not learnt later.
+    """
 
     def __init__(
         self,
-        channels: int,
-        modalities: int,
+        owner: Tensor,
         conditions: int,
         width: int,
         dim: int,
@@ -42,7 +63,9 @@ class Decoder(nn.Module):
         z: int,
     ) -> None:
         super().__init__()
+        channels, modalities = len(owner), int(owner.max()) + 1
         self.channels, self.modalities = channels, modalities
+        self.register_buffer("owner", owner, persistent=False)
         cell = FINE_STRIDE**2
         self.time = TimeFeatures()
         self.condition_in = nn.Linear(modalities * (self.time.width + 2) + conditions, dim)
@@ -73,6 +96,14 @@ class Decoder(nn.Module):
         self.fine_out = zero_(nn.Conv2d(self.fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
 
+        self.waves = Waves(channels)
+        self.pooled_waves = nn.Linear(self.waves.width, width)
+        self.pixel_networks = PixelNetworks(channels, modalities, owner)
+        self.sureness = Sureness(modalities, width, channels)
+        self.mixing = uncorrelated(channels)
+
+    owner: Tensor
+
     def forward(
         self,
         x: Tensor,
@@ -82,11 +113,12 @@ class Decoder(nn.Module):
         z: Tensor,
         conditions: Tensor,
         added: Iterable[Added] = (),
-    ) -> Tensor:
-        """Raw outputs [B, C, H, W], float32.
+    ) -> Context:
+        """Expected clean values or logits, how sure they are, and those of pixels alone.
 
         Args:
-            x: [B, C, H, W]: clean where present, at time t where wanted, 0 elsewhere.
+            x: [B, C, H, W]: clean where present, at time t and scaled by `posterior.wiener` where
+                wanted, 0 elsewhere.
             t: [B, M] in [0, 1], the time of each modality; ignored where it is not wanted.
             present: bool [B, M, H, W], the pixels that are observed.
             wanted: bool [B, M, H, W], the pixels that are generated.
@@ -97,13 +129,17 @@ class Decoder(nn.Module):
         added = tuple(added)
         present, wanted = present.to(x.dtype), wanted.to(x.dtype)
         condition = self._condition(t, present.amax((2, 3)), wanted.amax((2, 3)), conditions, added)
-        modulation = self.modulation(condition).view(len(x), 6, -1)
+        modulation = self.modulation(condition).unflatten(1, (6, -1))
         condition = F.silu(condition + self.mean_scene(z.mean((2, 3))))
 
         own, *later = split_channels(x, self.channels, added)
         pixels = to_tokens(own)
+        seen = pixels * to_tokens(present[:, self.owner])
+        waves = self.waves(seen)
         roles = F.avg_pool2d(torch.cat([present, wanted], 1), FINE_STRIDE)
         skip = self._first_features(pixels, roles, present.shape[1])
+        texture = F.avg_pool2d(to_image(waves), FINE_STRIDE)
+        skip = skip + to_image(self.pooled_waves(to_tokens(texture)))
         for index, (one, extra) in enumerate(zip(added, later, strict=True), self.modalities):
             pair = roles[:, [index, present.shape[1] + index]]
             skip = skip + one.decoder_input(extra, pair)
@@ -129,7 +165,15 @@ class Decoder(nn.Module):
         base = to_image(unfold(self.base(features), FINE_STRIDE))
         parts = [(base, self.fine_out(fine), to_image(self.coarse(scene)))]
         parts += [one.raw(features, fine, scene) for one in added]
-        return torch.cat([_sum(*part) for part in parts], 1) if added else _sum(*parts[0])
+        shown = to_tokens(present[:, : self.modalities].to(x.dtype))
+        told = _told(present, wanted, t, self.modalities)
+        heads: list[Decoder | Added] = [self, *added]
+        contexts = []
+        for head, part in zip(heads, parts, strict=True):
+            pixel = head.pixel_networks(seen, waves, shown)
+            log_variance, log_scales = head.sureness(told, features)
+            contexts.append(Context(pixel.detach() + _sum(*part), log_variance, log_scales, pixel))
+        return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))
 
     def _first_features(self, pixels: Tensor, roles: Tensor, count: int) -> Tensor:
         """Features at a quarter of the resolution, of `count` modalities those learnt first."""
@@ -153,6 +197,12 @@ class Decoder(nn.Module):
         for index, one in enumerate(added, m):
             inner = inner + one.decoder_condition(t[:, index], present[:, index], wanted[:, index])
         return self.condition_out(F.silu(inner))  # type: ignore[no-any-return]
+
+
+def _told(present: Tensor, wanted: Tensor, t: Tensor, count: int) -> Tensor:
+    """[B, 3 M] of the first M modalities: whether observed, whether wanted, the time if wanted."""
+    shown, asked = present.amax((2, 3))[:, :count], wanted.amax((2, 3))[:, :count]
+    return torch.cat([shown, asked, asked * t[:, :count]], 1)
 
 
 def _sum(base: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:

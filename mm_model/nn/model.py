@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.errors import ConfigError
 from mm_model.modalities import Modality
+from mm_model.nn import posterior
 from mm_model.nn.added import Added
-from mm_model.nn.decoders import Decoder
+from mm_model.nn.decoders import Context, Decoder
 from mm_model.nn.scene_encoder import Encoded, SceneEncoder
 from mm_model.nn.scene_flow import SceneFlow
 
@@ -56,6 +57,7 @@ class SceneModel(nn.Module):
 
     owner: Tensor
     settled: Tensor
+    is_class: Tensor
 
     def __init__(
         self,
@@ -101,9 +103,9 @@ class SceneModel(nn.Module):
         self.flow = SceneFlow(
             count, FEATURES, size.dim, size.flow_depth, size.heads, size.scene_channels
         )
+        owner = torch.tensor([i for i, m in enumerate(modalities) for _ in range(m.channels)])
         self.decoder = Decoder(
-            channels,
-            count,
+            owner[:channels],
             FEATURES,
             size.decoder_width,
             size.dim,
@@ -120,12 +122,14 @@ class SceneModel(nn.Module):
                     self.decoder.fine_width,
                     size.dim,
                     size.scene_channels,
+                    owner[:channels],
                 )
                 for m in self.modalities[first:]
             }
         )
-        owner = [i for i, m in enumerate(self.modalities) for _ in range(m.channels)]
-        self.register_buffer("owner", torch.tensor(owner), persistent=False)
+        self.register_buffer("owner", owner, persistent=False)
+        classes = torch.tensor([m.is_categorical for m in self.modalities])
+        self.register_buffer("is_class", classes[owner][:, None, None], persistent=False)
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
 
@@ -219,10 +223,54 @@ class SceneModel(nn.Module):
         z: Tensor,
         conditions: Tensor,
     ) -> Tensor:
-        """D: raw outputs (clean values, class logits); see `Decoder.forward`."""
+        """D: raw outputs [B, C, H, W], float32: expected clean values, class logits.
+
+        Arguments as in `Decoder.forward`, but x is not scaled where it is wanted.
+        """
+        context = self.understand(x, t, present, wanted, z, conditions)
+        return self.conclude(context, x, t, wanted)
+
+    def understand(
+        self,
+        x: Tensor,
+        t: Tensor,
+        present: Tensor,
+        wanted: Tensor,
+        z: Tensor,
+        conditions: Tensor,
+    ) -> Context:
+        """What everything but x_t as a measurement tells; arguments as in `decode`."""
+        noisy = self.channelwise(wanted)
+        times = torch.where(noisy, self.channelwise(t)[:, :, None, None], 0)
+        shown = torch.where(noisy, posterior.wiener(times, posterior.DATA_VARIANCE) * x, x)
         return self.decoder(  # type: ignore[no-any-return]
-            x, t, present, wanted, z, conditions, self.added.values()
+            shown, t, present, wanted, z, conditions, self.added.values()
         )
+
+    def conclude(self, context: Context, x: Tensor, t: Tensor, wanted: Tensor) -> Tensor:
+        """Raw outputs: what the context tells, with what x_t measures."""
+        noisy = self.channelwise(wanted)
+        times = self.channelwise(t)[:, :, None, None]
+        x_t = torch.where(noisy, x, 0)
+        scales = context.log_scales.exp()
+        # Block by block: what is learnt later changes no digit of what is there.
+        made, first = [], 0
+        heads = cast("list[Decoder | Added]", [self.decoder, *self.added.values()])
+        for mixing in (head.mixing for head in heads):
+            own = slice(first, first + len(mixing[0]))
+            made.append(
+                posterior.with_measurement(
+                    context.mean[:, own],
+                    scales[:, own],
+                    mixing,
+                    x_t[:, own],
+                    times[:, own],
+                    noisy[:, own],
+                    self.is_class[own],
+                )
+            )
+            first = own.stop
+        return torch.cat(made, 1)
 
     def estimate(self, raw: Tensor) -> Tensor:
         """The expected clean x of raw outputs: logits become softmax − 1/K, the rest stays."""

@@ -40,7 +40,7 @@ class SceneFlow(nn.Module):
             conditions: [B, K], features of `mm_model.conditions`; 0 where nothing is known.
         """
         condition = torch.cat([self.time(t), seen, conditions], -1)
-        modulation = self.condition(condition).view(len(t), 6, -1)
+        modulation = self.condition(condition).unflatten(1, (6, -1))
         tokens = self.from_scene(to_tokens(z_t)) + self.from_observed(h)
         for block in self.blocks:
             tokens = block(tokens, modulation)

@@ -159,6 +159,31 @@ class ObservedFiles:
             yield self._read(name, row, rows)[1]
 
 
+class MadeFiles:
+    """Layers that were written in physical units on one grid, as though they were observed.
+
+    Args:
+        files: modality name → GeoTIFF.
+        generator: knows the modalities.
+    """
+
+    def __init__(self, files: Mapping[str, Path], generator: Generator) -> None:
+        self._files = {generator.modality(n): files[n] for n in generator.modalities if n in files}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(modality.name for modality in self._files)
+
+    def read(self, row: int, rows: int) -> dict[str, Pixels]:
+        """All layers on rows of the grid."""
+        found = {}
+        for modality, path in self._files.items():
+            width = raster.read_header(path).grid.width
+            part = raster.read_raster(path, window=(row, 0, rows, width))
+            found[modality.name] = in_units(part, modality)
+        return found
+
+
 class ModelRows:
     """Rows of observed files in model space, on the canvas of a frame; see `generative.rows`.
 
@@ -168,7 +193,7 @@ class ModelRows:
         frame: of the files' grid.
     """
 
-    def __init__(self, files: ObservedFiles | None, codec: Codec, frame: Frame) -> None:
+    def __init__(self, files: ObservedFiles | MadeFiles | None, codec: Codec, frame: Frame) -> None:
         self._files, self._codec, self._frame = files, codec, frame
         names = [] if files is None else files.names
         named = [codec.slices[n] for n in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from mm_model.generative.rows import RowSampler
 from mm_model.generative.windows import Frame
 from mm_model.modalities import LEVEL_PX
 from mm_model.serving.generator import Generator
-from mm_model.serving.observed import ModelRows, ObservedFiles, Pixels
+from mm_model.serving.observed import MadeFiles, ModelRows, ObservedFiles, Pixels
 from mm_model.serving.requests import SceneRequest, check_request
 from mm_model.serving.uncertainty import Moments
 
@@ -128,7 +129,7 @@ class _Job:
             self._tell,
         )
         self._done, self._work = 0, asked.samples * rows.work(asked.steps, len(passes))
-        written = []
+        written: list[Path] = []
         with ExitStack() as stack:
             moments = {}
             if asked.uncertainty:
@@ -137,11 +138,19 @@ class _Job:
                     moments[name] = stack.enter_context(gathered)
             for sample, seed in enumerate(sample_seeds(asked.samples, asked.seed)):
                 z = rows.scene(seed, asked.steps)
+                made: dict[str, Path] = {}
                 for one in passes:
                     names = [n for n in self._targets if n in one.targets]
                     kept = [n for n in names if n == asked.fill]
-                    canvas = rows.decode(z, one, seed, asked.steps, kept)
-                    written += self._write(canvas, frame, names, sample, moments)
+                    seen = {n: path for n, path in made.items() if n in one.direct}
+                    if seen:  # nothing is observed: each target sees those before it
+                        beside = ModelRows(MadeFiles(seen, self._generator), self._codec, frame)
+                        canvas = replace(rows, observed=beside).decode(z, one, seed, asked.steps)
+                    else:
+                        canvas = rows.decode(z, one, seed, asked.steps, kept)
+                    paths = self._write(canvas, frame, names, sample, moments)
+                    made |= zip(names, paths, strict=True)
+                written += made.values()
             written += [self._write_moments(found) for found in moments.values()]
         return [self._folder / name for name in sorted(p.name for p in written)]
 

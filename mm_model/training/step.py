@@ -11,19 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_model.conditions import GROUPS, OWNERS
 from mm_model.generative.loss import class_weight, cross_entropy, velocity_weight
 from mm_model.generative.noise import generator
 from mm_model.generative.path import interpolate
+from mm_model.nn.decoders import Context
 from mm_model.nn.model import SceneModel
+from mm_model.nn.posterior import DATA_VARIANCE
 
 EMPTY_SHARE = 0.10  # samples of which nothing is observed
-DIRECT_SHARE = 0.75  # samples whose decoder sees the observed pixels
+DIRECT_SHARE = 0.85  # samples whose decoder sees the observed pixels
 TARGET_DROP = 0.35  # chance that a possible target is not wanted
+# Samples of which one observed modality has a hole, wanted beside the rest: what completes a layer
+# has to fit its surroundings.
+HOLE_SHARE = 0.2
+HOLE_CELL_PX = 16  # size of what holes look like
 SHARED_TIME_SHARE = 0.70  # samples with one time for all targets
 SCENE_DROP = 0.08  # samples whose decoder gets no scene
+MOST_PRECISE = 3.0  # log of the greatest weight of a value that is known well
 CLASS_LOSS = 0.4  # weight of cross-entropy beside squares: at 1 the scene holds little but classes
 # Greatest noise on the decoder's scene, beside observed pixels and alone. The true scene tells more
 # of the targets than any that the flow will find; a decoder that may trust it learns less of what
@@ -43,9 +51,11 @@ class Draws:
         observed: bool [B, M], what the encoder sees.
         direct: bool [B, M], what of it the decoder sees, too.
         wanted: bool [B, M], what the decoder makes.
+        hole: bool [B, M, H, W], pixels of observed modalities that are not seen but wanted.
         t: [B, M], the decoder's times; t_scene: [B], the flow's.
         noise: [B, C, H, W]; noise_scene, noise_z: [B, S, h, w], the flow's and the decoder's.
-        own_scene: bool [B], whether the decoder's scene is of the observed, not of all.
+        own_scene: bool [B], whether the decoder's scene is of the observed, not of all; true of
+            every other sample, which are those that the flow learns from.
         scene_noise: [B], amount of noise on the decoder's scene.
         scene_kept: bool [B], False where the decoder gets no scene.
         conditions_kept: bool [B, G], which parts of the conditions flow and decoder see.
@@ -54,6 +64,7 @@ class Draws:
     observed: Tensor
     direct: Tensor
     wanted: Tensor
+    hole: Tensor
     t: Tensor
     t_scene: Tensor
     noise: Tensor
@@ -98,7 +109,14 @@ def draw(model: SceneModel, seed: int, step: int, indices: Sequence[int], mask: 
     available = mask.any(-1).any(-1).cpu()
     frame = mask.shape[2:]
     rows = [
-        _draw_one(model, generator("step", seed, step, index), have, (int(frame[0]), int(frame[1])))
+        _draw_one(
+            model,
+            generator("step", seed, step, index),
+            have,
+            (int(frame[0]), int(frame[1])),
+            # By turns, so that every step costs the same.
+            own_scene=(step + index) % 2 == 0,
+        )
         for index, have in zip(indices, available, strict=True)
     ]
     stacked = (torch.stack([getattr(r, f.name) for r in rows]) for f in fields(Draws))
@@ -120,42 +138,56 @@ def step_loss(
         conditions: [B, K], features of `mm_model.conditions`.
         draws: from `draw`.
     """
-    batch = len(x)
-    seen = mask & draws.observed[:, :, None, None]
+    observed = draws.observed[:, :, None, None]
+    known = mask & ~draws.hole
+    seen = known & observed
     conditions = conditions * draws.conditions_kept[:, OWNERS]
     # What is learnt later must not move the scene: the true one is of the settled modalities.
     whole = mask & model.settled[:, None, None]
-    h, z = model.encode(torch.cat([x, x]), torch.cat([whole, seen]))
-    z_all, (h_seen, z_seen) = z[:batch], (h[batch:], z[batch:])
-
-    clean = z_all.detach()
-    t = draws.t_scene[:, None, None, None]
-    z_t = interpolate(clean, draws.noise_scene, t)
-    share = seen.float().mean((2, 3))
-    z_hat = model.estimate_scene(z_t, draws.t_scene, h_seen, share, conditions)
-    flow = ((z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(draws.t_scene)).mean()
 
     def column(v: Tensor) -> Tensor:
         return v[:, None, None, None]
 
-    scene = torch.where(column(draws.own_scene), z_seen, z_all)
+    # Each sample is encoded once: from all that there is, for the decoder alone, or from what is
+    # observed, for the decoder and for the flow, whose target learns nothing from it.
+    own = draws.own_scene
+    h, scene = model.encode(x, torch.where(column(own), seen, whole))
+    with torch.no_grad():
+        _, clean = model.encode(x[own], whole[own])
+    t_scene = draws.t_scene[own]
+    z_t = interpolate(clean, draws.noise_scene[own], column(t_scene))
+    share = seen[own].float().mean((2, 3))
+    z_hat = model.estimate_scene(z_t, t_scene, h[own], share, conditions[own])
+    squares = (z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(t_scene)
+    flow = 2 * squares.sum() / len(x)
+
     # Of unchanged length, so that the decoder cannot tell how noisy a scene is.
     noise = column(draws.scene_noise)
     scene = (1 - noise.square()).sqrt() * scene + noise * draws.noise_z
     scene = scene * column(draws.scene_kept)
-    present = mask & draws.direct[:, :, None, None]
-    wanted = mask & draws.wanted[:, :, None, None]
+    present = known & draws.direct[:, :, None, None]
+    wanted = mask & (draws.wanted[:, :, None, None] | (observed & draws.hole))
     times = model.channelwise(draws.t)[:, :, None, None]
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
-    raw = model.decode(shown, draws.t, present, wanted, scene, conditions)
-    losses = target_losses(model, raw, x, wanted, draws.t)
+    context = model.understand(shown, draws.t, present, wanted, scene, conditions)
+    raw = model.conclude(context, shown, draws.t, wanted)
+    # Errors beside what is usual for such a target seen from such sources (Kendall et al. 2018).
+    precision = (-context.log_variance.detach()).clamp_max(MOST_PRECISE).exp()
+    losses = target_losses(model, raw, x, wanted, draws.t, precision)
+    # These stand beside the rest: no weight learns from more than one of them.
+    start = torch.zeros_like(draws.t)
+    pixel = target_losses(model, context.pixel, x, wanted, start)
+    sureness = _sureness_loss(model, context, x, wanted)
 
     has = wanted.any(-1).any(-1).to(losses.dtype)
     decoder = (losses.sum(1) / has.sum(1).clamp_min(1)).mean()
     counts = has.sum(0)
-    by_modality = losses.detach().sum(0) / counts.clamp_min(1)
-    return StepLoss(decoder + flow, flow.detach(), by_modality, counts)
+    with torch.no_grad():
+        plain = target_losses(model, raw, x, wanted, draws.t)
+    by_modality = plain.sum(0) / counts.clamp_min(1)
+    total = decoder + flow + pixel.sum(1).mean() + sureness
+    return StepLoss(total, flow.detach(), by_modality, counts)
 
 
 class TrainingStep(nn.Module):
@@ -169,11 +201,27 @@ class TrainingStep(nn.Module):
         return step_loss(self.model, x, mask, conditions, draws)
 
 
-def target_losses(model: SceneModel, raw: Tensor, x: Tensor, wanted: Tensor, t: Tensor) -> Tensor:
-    """[B, M]: loss of each target, mean over its channels and wanted pixels; 0 without any."""
+def target_losses(
+    model: SceneModel,
+    raw: Tensor,
+    x: Tensor,
+    wanted: Tensor,
+    t: Tensor,
+    precision: Tensor | float = 1,
+) -> Tensor:
+    """[B, M]: loss of each target, mean over its channels and wanted pixels; 0 without any.
+
+    Args:
+        model: whose targets they are.
+        raw: expected values or logits, [B, C, H, W].
+        x: the clean ones, in model space.
+        wanted: bool [B, M, H, W], the pixels that count.
+        t: [B, M], when they were expected.
+        precision: [B, C, H, W], weight of squared errors.
+    """
     weight = wanted.to(raw.dtype)
     pixels = weight.sum((2, 3)).clamp_min(1)
-    squares = ((raw - x).square() * model.channelwise(weight)).sum((2, 3))  # [B, C]
+    squares = ((raw - x).square() * precision * model.channelwise(weight)).sum((2, 3))  # [B, C]
     shares = torch.zeros(len(model.owner), len(model.modalities), device=raw.device)
     for index, (modality, channels) in enumerate(
         zip(model.modalities, model.codec.slices.values(), strict=True)
@@ -191,8 +239,22 @@ def target_losses(model: SceneModel, raw: Tensor, x: Tensor, wanted: Tensor, t: 
     return losses / pixels
 
 
+def _sureness_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood of the values' variances about what is expected of them."""
+    weight = model.channelwise(wanted) & ~model.is_class
+    squares = (x - context.mean.detach()).square() / DATA_VARIANCE
+    likelihood = squares * (-context.log_variance).exp() + context.log_variance
+    by_sample = (likelihood * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
+    return 0.5 * by_sample.mean()
+
+
 def _draw_one(
-    model: SceneModel, source: torch.Generator, available: Tensor, frame: tuple[int, int]
+    model: SceneModel,
+    source: torch.Generator,
+    available: Tensor,
+    frame: tuple[int, int],
+    *,
+    own_scene: bool,
 ) -> Draws:
     """The draws of one sample, without the batch dimension."""
     count, (height, width) = len(model.modalities), frame
@@ -225,17 +287,30 @@ def _draw_one(
     mean, deviation = FLOW_TIME
     t_scene = torch.sigmoid(mean + deviation * normal())
     told = uniform() < CONDITIONS_SHARE
+    hole = torch.zeros(count, height, width, dtype=torch.bool)
+    if size and uniform() < HOLE_SHARE:
+        hole[order[int(uniform() * size)]] = _blobs(source, height, width)
     return Draws(
         observed=observed,
         direct=direct,
         wanted=wanted,
+        hole=hole,
         t=t,
         t_scene=torch.where(uniform() < START_SHARE, 0, t_scene),
         noise=normal(model.codec.channels, height, width),
         noise_scene=normal(*scene),
         noise_z=normal(*scene),
-        own_scene=uniform() < 0.5,
+        own_scene=torch.tensor(own_scene),
         scene_noise=most * uniform(),
         scene_kept=uniform() >= SCENE_DROP,
         conditions_kept=told & (uniform(len(GROUPS)) < CONDITIONS_SHARE),
     )
+
+
+def _blobs(source: torch.Generator, height: int, width: int) -> Tensor:
+    """Bool [height, width]: a random share, from hardly any to nearly all, in blobs like clouds."""
+    shape = (1, 1, -(-height // HOLE_CELL_PX) + 1, -(-width // HOLE_CELL_PX) + 1)
+    coarse = torch.randn(shape, generator=source)
+    field = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)[0, 0]
+    level = torch.rand((), generator=source)
+    return field < torch.quantile(field, level)

@@ -11,7 +11,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from mm_model.bundle import MANIFEST, WEIGHTS, Manifest, load_bundle, load_manifest, save_bundle
+from mm_model.bundle import (
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    load_bundle,
+    load_manifest,
+    save_bundle,
+)
 from mm_model.codec import Codec
 from mm_model.config import load_params
 from mm_model.errors import BundleError
@@ -208,8 +216,8 @@ def test_a_missing_field_is_named(bundle_dir, field):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda r: r.update(format=1), "format"),
-        (lambda r: r.update(format=3), "format"),
+        (lambda r: r.update(format=FORMAT - 1), "format"),
+        (lambda r: r.update(format=FORMAT + 1), "format"),
         (lambda r: r.update(extra=1), "unknown extra"),
         (lambda r: r["model"].update(extra=1), "unknown extra"),
         (lambda r: r["model"].pop("patch_px"), "lacks patch_px"),

@@ -116,7 +116,7 @@ def test_its_loss_starts_lower_than_that_of_random_weights(folder):
         job = make_job(choose(start=start, steps=10, seed=5), folder)
         launch(job)
         losses[start] = first_loss(job)
-    assert losses["older"] < 0.5 * losses["scratch"]
+    assert losses["older"] < 0.65 * losses["scratch"]
 
 
 def test_resumed_equals_uninterrupted(folder, tmp_path):

@@ -22,15 +22,16 @@ def passes(*groups: tuple[str, str]) -> tuple[Pass, ...]:
     [
         # Everything together was seen: one pass, all observed pixels shown.
         ("a", "bcd", sets("abcd"), passes(("bcd", "a"))),
-        ("", "abcd", sets("abcd"), passes(("abcd", ""))),
+        # Nothing observed: one after another, each beside those before it.
+        ("", "abcd", sets("abcd"), passes(("d", ""), ("c", "d"), ("b", "cd"), ("a", "bcd"))),
         # Pairs only: each target beside what it was seen with.
         ("a", "bc", sets("ab", "ac"), passes(("b", "a"), ("c", "a"))),
         # Never seen together: from z alone, one at a time, though b and c were a pair.
         ("a", "bc", sets("bc", "ad"), passes(("b", ""), ("c", ""))),
         # Mixed: c was never beside a.
         ("a", "bc", sets("ab", "bc"), passes(("b", "a"), ("c", ""))),
-        # Nothing observed: never more together than training saw.
-        ("", "abc", sets("ab", "bc"), passes(("ab", ""), ("c", ""))),
+        # Never more together than training saw.
+        ("", "abc", sets("ab", "bc"), passes(("c", ""), ("b", "c"), ("a", "b"))),
         # More observed pixels win over more targets.
         ("ab", "cd", sets("acd", "abc"), passes(("c", "ab"), ("d", "a"))),
         # A target that no set holds.

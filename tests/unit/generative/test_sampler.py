@@ -19,6 +19,7 @@ from mm_model.generative.noise import canvas_noise, generator, sample_seeds, sce
 from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
 from mm_model.generative.windows import Windows
 from mm_model.modalities import MODALITIES, channel_slices
+from mm_model.scene import Scene
 from mm_model.training.step import draw, step_loss
 
 MODEL = make_model()
@@ -196,3 +197,22 @@ def test_samples_of_one_thing_are_drawn_in_mirrored_pairs() -> None:
     assert torch.equal(canvas_noise(mirrored, "sar", *frame), -image)
     assert not torch.equal(canvas_noise(other, "sar", *frame).abs(), image.abs())
     assert torch.equal(scene_noise(mirrored, *frame, 8), -scene_noise(first, *frame, 8))
+
+
+def test_from_nothing_each_target_sees_those_before_it() -> None:
+    seeds = [5, 6]
+    x, mask = MODEL.codec.empty(2, 16, 24)
+    made = sample(MODEL, x, mask, list(NAMES), seeds, 2)
+    z = sample_scene(MODEL, x, mask, seeds, 2 * SCENE_STEPS)
+    known = mask
+    for name in reversed(NAMES):
+        channels = MODEL.codec.slices[name]
+        one = decode_scene(MODEL, x, known, z, [name], seeds, 2)
+        torch.testing.assert_close(one[:, channels], made[:, channels], rtol=0, atol=1e-5)
+        layers = MODEL.codec.decode(made, NAMES[NAMES.index(name) :])
+        every = {n: torch.ones_like(v[:, :1], dtype=torch.bool) for n, v in layers.items()}
+        x, known = MODEL.codec.encode(Scene(layers, every))
+    # Asking for fewer changes nothing in what comes before them.
+    fewer = sample(MODEL, *MODEL.codec.empty(2, 16, 24), list(NAMES[-2:]), seeds, 2)
+    for name in NAMES[-2:]:
+        assert torch.equal(fewer[:, MODEL.codec.slices[name]], made[:, MODEL.codec.slices[name]])

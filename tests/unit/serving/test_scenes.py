@@ -72,6 +72,20 @@ def test_elevation_is_decoded_across_strips(tmp_path: Path) -> None:
     assert (land.values == np.where(result.valid, result.values["map"][0], 0)).mean() > 0.99
 
 
+def test_from_nothing_each_target_sees_those_written_before_it(tmp_path: Path) -> None:
+    targets = ("rgb", "dem", "map")
+    written = write(tmp_path, {}, *targets, grid=SMALL, seed=3, samples=2)
+    (result,) = GENERATOR.generate([Request({}, targets, grid=SMALL, seed=3, samples=2, steps=2)])
+    for k in range(2):
+        for name in targets:
+            (path,) = (p for p in written if p.name == f"{name}_{k}.tif")
+            found, expected = raster.read_raster(path).values, result.values[name][k]
+            if name == "map":
+                assert (found == expected).mean() > 0.99
+            else:
+                assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
 def test_what_is_written_is_a_cog_with_all_that_a_file_should_say(tmp_path: Path) -> None:
     grid = TALL.window(0, 0, 530, 600)
     (path,) = write(tmp_path, {}, "map", grid=grid, steps=1)
