@@ -131,7 +131,7 @@ def test_fill_completes_a_layer_and_tells_how_sure_it_is(mm, bundle: Path, tmp_p
     out = tmp_path / "filled"
     status, text, err = mm(
         "fill", f"rgb={given['rgb']}", "--observe", f"sar={given['sar']}", "--bundle", bundle,
-        "--steps", 1, "--samples", 2, "--uncertainty", "--out", out,
+        "--steps", 2, "--samples", 2, "--uncertainty", "--out", out,
     )  # fmt: skip
     assert (status, err) == (0, "")
     written = ["picture.png", "rgb_0.tif", "rgb_1.tif", "rgb_uncertainty.tif", "uncertainty.png"]
