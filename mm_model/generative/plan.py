@@ -47,13 +47,11 @@ def plan(
     passes: list[Pass] = []
     if not known:
         made: set[str] = set()
-        for target in [t for t in reversed(targets) if t not in alone] + list(alone):
-            if target in targets:
-                beside = max(
-                    (s & made for s, _ in sets if target in s), key=len, default=frozenset()
-                )
-                passes.append(Pass(frozenset({target}), frozenset(beside)))
-                made.add(target)
+        together = [t for t in targets if t not in alone]
+        for target in [*reversed(together), *(t for t in alone if t in targets)]:
+            beside = max((s & made for s, _ in sets if target in s), key=len, default=frozenset())
+            passes.append(Pass(frozenset({target}), beside))
+            made.add(target)
         return tuple(passes)
     groups = [{t} for t in targets if t in alone]
     for open_ in [{t for t in targets if t not in alone}, *groups]:
