@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,6 +33,15 @@ from hypothesis import settings  # noqa: E402  (after the environment)
 # The same examples every time, and no timing: the suite runs on busy machines.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mlflow_is_forgotten() -> Iterator[None]:
+    """MLflow writes the server it speaks with into the environment, where others would find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that its absence is what comes back
+        patch.delenv("MLFLOW_TRACKING_URI")
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

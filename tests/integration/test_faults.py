@@ -80,8 +80,7 @@ def platform(tmp_path_factory) -> Iterator[Platform]:
         patch.delenv("RAY_ADDRESS", raising=False)
         for name in DEFAULT_PORTS:
             patch.setenv(f"MM_{name.upper()}_PORT", str(free_port()))
-        for name in ("MLFLOW_TRACKING_URI", "RAY_DASHBOARD_ADDRESS"):
-            patch.delenv(name, raising=False)
+        patch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
         patch.delenv("RAY_AUTH_TOKEN")  # `mm up` makes one
         try:
             services.up(["mlflow"])

@@ -34,10 +34,8 @@ from mm_model.modalities import Modality
 
 # A file's own grid is kept, unresampled, if its pixels are within this of the size wanted.
 _SAME_SIZE = 0.01
-
-
-# A larger scene is read in strips of rows, each a quarter of this, so that its size is no matter.
-_WHOLE_PX = 4096 * 4096
+# A larger scene is read in strips of about so many, so that its size is no matter.
+_PART_PX = 2048 * 2048
 _SAMPLED = 64  # one pixel of so many is kept, to judge the median of a scene read in strips
 
 
@@ -63,7 +61,7 @@ class _Part:
 class GeotiffSource:
     """A unit is a scene: all its files, on one grid, cut into patches without overlap.
 
-    A scene of more than 4,096 px a side is read and warped in strips of rows of patches, by exact
+    A scene of more than 2,048 px a side is read and warped in strips of rows of patches, by exact
     warping, so that a whole Sentinel-2 tile takes no more memory than a scene of that size.
 
     Args:
@@ -141,10 +139,10 @@ class GeotiffSource:
 
 def _strips(grid: Grid, patch_px: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of what is read at a time: all, or some rows of patches."""
-    if grid.height * grid.width <= _WHOLE_PX:
+    if grid.height * grid.width <= _PART_PX:
         yield 0, grid.height
         return
-    rows = max(1, _WHOLE_PX // 4 // grid.width // patch_px) * patch_px
+    rows = max(1, _PART_PX // grid.width // patch_px) * patch_px
     for top in range(0, grid.height // patch_px * patch_px, rows):
         yield top, min(rows, grid.height - top)
 

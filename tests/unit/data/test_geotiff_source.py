@@ -284,7 +284,7 @@ def test_each_layer_remembers_the_distance_it_was_measured_at(folder):
 
 def test_a_large_scene_in_strips_gives_the_patches_of_the_whole(folder, monkeypatch):
     whole = patches(folder)
-    monkeypatch.setattr(geotiff, "_WHOLE_PX", 64)  # one row of patches at a time
+    monkeypatch.setattr(geotiff, "_PART_PX", 64)  # one row of patches at a time
     strips = patches(folder)
     assert [p.patch_id for p in strips] == [p.patch_id for p in whole]
     assert len({p.patch_id.split("/")[-1].split("-")[0] for p in strips}) > 1
@@ -308,7 +308,7 @@ def test_a_scene_in_strips_is_judged_as_a_whole(folder, monkeypatch):
     save(folder, described)
     said = []
     for limit in (4096 * 4096, 64):
-        monkeypatch.setattr(geotiff, "_WHOLE_PX", limit)
+        monkeypatch.setattr(geotiff, "_PART_PX", limit)
         with pytest.raises(RasterError, match=f"median of {RADAR.name}") as caught:
             patches(folder)
         said.append(str(caught.value).split("; got")[0])
