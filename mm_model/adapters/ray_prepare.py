@@ -28,60 +28,79 @@ def by_workers(workers: int) -> Iterator[Run]:
     Ray is there from the first work to the end of the context, and not without work.
     """
     with ExitStack() as stack:
-        connected = False
+        started: RayWorkers | None = None
 
         def run(make: Make[Any], works: Iterable[Any]) -> Iterator[tuple[Any, int | MMError]]:
-            nonlocal connected
+            nonlocal started
             waiting = iter(works)
             first = list(islice(waiting, 1))
-            if first and not connected:
+            if first and started is None:
                 stack.enter_context(cluster(workers))
-                connected = True
-            yield from on_ray(make, chain(first, waiting), workers) if first else ()
+                started = RayWorkers(workers)
+            yield from started(make, chain(first, waiting)) if first and started else ()
 
         yield run if workers else in_this_process
 
 
-def on_ray(
-    make: Make[Any], works: Iterable[Any], workers: int
-) -> Iterator[tuple[Any, int | MMError]]:
-    """Works by so many workers of the Ray that this process is connected to, as they are done."""
-    import ray
-    from ray.exceptions import RayActorError
+class RayWorkers:
+    """At most so many processes of the Ray that this process is connected to.
 
-    # A worker gets the source once, not with every unit: it grows with the number of units.
-    shared = ray.put(make)
-    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
-    waiting = iter(works)
-    busy: dict[Any, tuple[Any, Any]] = {}
-    for work in islice(waiting, workers):
-        worker = actor.remote(shared, Path.cwd())
-        busy[worker.make.remote(work)] = worker, work
-    while busy:
-        (ready, *_), _ = ray.wait(list(busy))
-        worker, work = busy.pop(ready)
-        following = next(waiting, None)
-        if following is not None:
-            busy[worker.make.remote(following)] = worker, following
-        try:
-            yield work, ray.get(ready)
-        except RayActorError as error:
-            yield (
-                work,
-                ServiceError(
-                    f"the worker of {work} died {_RETRIES + 1} times",
-                    got=" ".join(str(error).split())[:300],
-                    remedy="give it more memory, or see whether a file of the unit brings it down",
-                ),
-            )
+    Each is started when there is work for it, and kept for what is run next: a start takes seconds.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._started: list[Any] = []
+
+    def __call__(
+        self, make: Make[Any], works: Iterable[Any]
+    ) -> Iterator[tuple[Any, int | MMError]]:
+        """Works as they are done, each with the number of its patches or what went wrong."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        # A worker gets the source once, not with every unit: it grows with the number of units.
+        # In a list, so that it is the worker that asks for it, and a new one in its place as well.
+        shared = [ray.put(make)]
+        waiting = iter(works)
+        busy: dict[Any, tuple[Any, Any]] = {}
+        for number, work in enumerate(islice(waiting, self._count)):
+            if number == len(self._started):
+                actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
+                self._started.append(actor.remote(Path.cwd()))
+            worker = self._started[number]
+            busy[worker.make.remote(shared, work)] = worker, work
+        while busy:
+            (ready, *_), _ = ray.wait(list(busy))
+            worker, work = busy.pop(ready)
+            following = next(waiting, None)
+            if following is not None:
+                busy[worker.make.remote(shared, following)] = worker, following
+            try:
+                yield work, ray.get(ready)
+            except RayActorError as error:
+                yield (
+                    work,
+                    ServiceError(
+                        f"the worker of {work} died {_RETRIES + 1} times",
+                        got=" ".join(str(error).split())[:300],
+                        remedy="give it more memory, or see whether a file of the unit brings it "
+                        "down",
+                    ),
+                )
 
 
 class _Worker:
-    """One process that makes parts."""
+    """One process that makes parts, then chunks."""
 
-    def __init__(self, make: Make[Any], folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         os.chdir(folder)  # relative paths mean what they mean to who started the work
-        self._make = make
+        self._shared: Any = None
+        self._make: Make[Any] | None = None
 
-    def make(self, work: Any) -> int | MMError:
+    def make(self, shared: list[Any], work: Any) -> int | MMError:
+        import ray
+
+        if self._make is None or shared[0] != self._shared:
+            self._shared, self._make = shared[0], ray.get(shared[0])
         return self._make(work)

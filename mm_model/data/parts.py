@@ -141,7 +141,7 @@ def read_part(
     """Id and layers of the chosen patches of a part, in the order of the source."""
     with (
         parts.local(f"{key}-{count}{_SUFFIX}") as path,
-        pa.memory_map(str(path)) as file,
+        pa.OSFile(str(path)) as file,  # mapped, all of a large part would count as our memory
         pa.ipc.open_file(file) as reader,
     ):
         for number in chosen:
