@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-import httpx
+import aiohttp
 import numpy as np
 import psutil
 
@@ -84,7 +84,7 @@ class Load:
     async def _closed(self, callers: int, seconds: float) -> tuple[Answers, float]:
         answers, began = Answers(), time.monotonic()
 
-        async def ask(http: httpx.AsyncClient) -> None:
+        async def ask(http: aiohttp.ClientSession) -> None:
             while time.monotonic() < began + seconds:
                 if await self._one(http, answers) == 429:
                     await asyncio.sleep(1)  # as Retry-After says
@@ -112,24 +112,23 @@ class Load:
             await asyncio.gather(*running)
         return answers, after - (before or after)
 
-    async def _one(self, http: httpx.AsyncClient, answers: Answers) -> int:
+    async def _one(self, http: aiohttp.ClientSession, answers: Answers) -> int:
         self._seed += 1
-        parts = [
-            ("seed", (None, str(self._seed).encode())),
-            (self._name, (f"{self._name}.tif", self._file)),
-        ]
+        form = aiohttp.FormData({"seed": str(self._seed)})
+        form.add_field(self._name, self._file, filename=f"{self._name}.tif")
         began = time.monotonic()
         try:
-            response = await http.post(self._url, files=parts)
-        except httpx.HTTPError:
+            async with http.post(self._url, data=form) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError):
             answers.statuses[0] += 1
             return 0
-        answers.statuses[response.status_code] += 1
-        if response.is_success:
+        answers.statuses[response.status] += 1
+        if response.ok:
             answers.seconds.append(time.monotonic() - began)
-        elif response.status_code == 429 and "retry-after" not in response.headers:
+        elif response.status == 429 and "Retry-After" not in response.headers:
             raise RuntimeError("a 429 without Retry-After")
-        return response.status_code
+        return response.status
 
 
 def replicas_rss_mb() -> float:
@@ -145,7 +144,8 @@ def replicas_rss_mb() -> float:
     return total / 1e6
 
 
-def _http() -> httpx.AsyncClient:
-    # Callers are many people: none waits for a connection of another.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    return httpx.AsyncClient(timeout=300, limits=limits)
+def _http() -> aiohttp.ClientSession:
+    # Callers are many people: none waits for a connection of another. Not httpx, which looks
+    # through all of its connections for each request.
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300))
