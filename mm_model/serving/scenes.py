@@ -181,7 +181,8 @@ class _Job:
         """What is written of generated rows: [bands, rows, W]."""
         if name == self._request.fill:
             seen, valid = observed[name]
-            values = np.where(valid, seen, values)
+            # Classes, too, may be stored in a type that holds more than the modality's.
+            values = np.where(valid, seen, values).astype(self._generator.modality(name).dtype)
             return np.concatenate([values, ~valid[None]], axis=0, dtype=values.dtype)
         if not observed:
             return values
