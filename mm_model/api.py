@@ -5,11 +5,11 @@ Light on purpose: no torch, no rasterio, no web framework.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,6 +39,28 @@ SIDECAR = ".aux.xml"
 """Appended to a GeoTIFF's name: what GDAL and QGIS read beside it."""
 
 _PROBLEM_URN = "urn:mm-model:problem:"
+
+F = TypeVar("F")
+OneOrMore: TypeAlias = F | Sequence[F]
+"""What is given of a modality: a file, or several of other dates or neighbouring places.
+
+They are laid over each other in this order: each pixel, all bands together, is that of the first
+one that knows it.
+"""
+
+
+def each(observed: Mapping[str, OneOrMore[F]]) -> dict[str, tuple[F, ...]]:
+    """All that is given of each modality; raises RequestError for a sequence of nothing."""
+    found: dict[str, tuple[F, ...]] = {}
+    for name, given in observed.items():
+        several = isinstance(given, Sequence) and not isinstance(given, bytes | str)
+        found[name] = tuple(given) if several else (given,)  # type: ignore[arg-type,assignment]
+        if not found[name]:
+            raise errors.RequestError(
+                f"files of {name}", got=0, allowed="one or more", remedy="leave the modality out"
+            )
+    return found
+
 
 # One status for each decision of a caller: the only table of its kind.
 STATUS: Mapping[type[MMError], int] = MappingProxyType(

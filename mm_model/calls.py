@@ -32,10 +32,12 @@ from mm_model.api import (
     ModalityInfo,
     ModalityList,
     ModelInfo,
+    OneOrMore,
     Origin,
     Provenance,
     Record,
     SceneVector,
+    each,
 )
 from mm_model.conditions import NOTHING, Conditions
 from mm_model.errors import RequestError, ServiceError
@@ -43,6 +45,7 @@ from mm_model.errors import RequestError, ServiceError
 _JOBS = "/v1/jobs"
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Path | bytes)
 R = TypeVar("R", bound=Record)
 Headers = Mapping[str, str]
 """Of an answer; names in whatever case."""
@@ -62,7 +65,7 @@ class Call(Generic[T]):
 
     Attributes:
         fields: of a form; those that are None are left out.
-        files: part → GeoTIFF; those on disk are read while they are sent.
+        files: of the form: part and GeoTIFF; those on disk are read while they are sent.
         read: the answer's headers and body → what the caller gets.
         save: the same for an answer that goes into a folder; None if it cannot.
         repeat: when it may be made once more.
@@ -72,7 +75,7 @@ class Call(Generic[T]):
     path: str
     read: Callable[[Headers, BinaryIO], T]
     fields: Sequence[tuple[str, object]] = ()
-    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    files: Sequence[tuple[str, Path | bytes]] = ()
     headers: Headers = field(default_factory=dict)
     save: Callable[[Headers, BinaryIO, Path], Saved] | None = None
     repeat: Repeat = Repeat.ALWAYS
@@ -169,7 +172,7 @@ class Saved:
 
 
 def generate(
-    observed: Mapping[str, Path | bytes],
+    observed: Mapping[str, OneOrMore[Path | bytes]],
     targets: Sequence[str] = (),
     *,
     samples: int = 1,
@@ -186,7 +189,8 @@ def generate(
     """Generate targets (all that are not observed, if none is named).
 
     Args:
-        observed: modality → GeoTIFF; a file is sent as it is read.
+        observed: modality → GeoTIFF, or several of other dates or neighbouring places, of which
+            each pixel is taken from the first that knows it; a file is sent as it is read.
         targets: modalities to generate.
         samples: number of draws.
         seed: from which every draw follows.
@@ -222,19 +226,19 @@ def generate(
         "/v1/generate",
         _generated,
         [*fields.items(), *(("target", target) for target in targets)],
-        observed,
+        _files(observed),
         {"Accept": PNG} if picture else {},
         _save_generated,
     )
 
 
 def embed(
-    observed: Mapping[str, Path | bytes], *, conditions: Conditions = NOTHING
+    observed: Mapping[str, OneOrMore[Path | bytes]], *, conditions: Conditions = NOTHING
 ) -> Call[Embedded]:
     """The expected scene of what is observed.
 
     Args:
-        observed: modality → GeoTIFF; one or more.
+        observed: modality → GeoTIFF, or several, as of `generate`; one or more.
         conditions: what is known besides; what the grid tells need not be said.
 
     Raises:
@@ -244,12 +248,13 @@ def embed(
         raise RequestError("observed", got=0, allowed="one GeoTIFF or more")
     fields = list(conditions.texts().items())
     accept = {"Accept": ZIP}
-    return Call("POST", "/v1/embed", _embedded, fields, observed, accept, _save_embedded)
+    files = _files(observed)
+    return Call("POST", "/v1/embed", _embedded, fields, files, accept, _save_embedded)
 
 
 def fill(
     layer: str,
-    observed: Mapping[str, Path | bytes],
+    observed: Mapping[str, OneOrMore[Path | bytes]],
     *,
     samples: int = 1,
     seed: int = 0,
@@ -263,11 +268,12 @@ def fill(
     errors are those of `generate`.
     """
     form = _scene_form(layer, samples, seed, steps, uncertainty, conditions)
-    return Call("POST", "/v1/fill", _generated, form, observed, {}, _save_generated)
+    files = _files(observed)
+    return Call("POST", "/v1/fill", _generated, form, files, {}, _save_generated)
 
 
 def start_job(
-    observed: Mapping[str, Path],
+    observed: Mapping[str, OneOrMore[Path]],
     targets: Sequence[str] = (),
     *,
     fill: str | None = None,
@@ -287,9 +293,13 @@ def start_job(
         _JOBS,
         _record(JobInfo),
         [*form, *(("target", target) for target in targets)],
-        dict(observed),
+        _files(observed),
         repeat=Repeat.IF_REFUSED,
     )
+
+
+def _files(observed: Mapping[str, OneOrMore[F]]) -> list[tuple[str, F]]:
+    return [(name, file) for name, files in each(observed).items() for file in files]
 
 
 def _scene_form(

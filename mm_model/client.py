@@ -61,7 +61,7 @@ class _Speaker(Generic[H]):
                 for name, value in call.fields
                 if value is not None
             ]
-            for name, file in call.files.items():
+            for name, file in call.files:
                 content = file if isinstance(file, bytes) else stack.enter_context(file.open("rb"))
                 parts.append((name, (f"{name}.tif", content)))
             headers = {**call.headers, REQUEST_ID: request_id}

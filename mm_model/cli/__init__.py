@@ -340,7 +340,10 @@ GsdOption = Annotated[
 def generate(
     observe: Annotated[
         list[str] | None,
-        typer.Option(help="MODALITY=FILE, repeatable; none: a scene out of nothing."),
+        typer.Option(
+            help="MODALITY=FILE, repeatable, also for one modality: of other dates or neighbouring "
+            "tiles each pixel is taken from the first file that knows it; none: out of nothing."
+        ),
     ] = None,
     target: Annotated[
         list[str] | None,
@@ -351,6 +354,10 @@ def generate(
     steps: StepsOption = 4,
     width: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, when nothing is observed.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="GeoTIFF on whose grid the result shall lie.", show_default="the finest"),
+    ] = None,
     uncertainty: UncertaintyOption = False,
     out: OutOption = Path("out"),
     bundle: BundleOption = None,
@@ -372,6 +379,7 @@ def generate(
         seed=seed,
         steps=steps,
         size=(height, width),
+        like=like,
         conditions=conditions_of(date, sun_elevation, sun_azimuth, latitude, gsd),
         uncertainty=uncertainty,
         out=out,
@@ -384,7 +392,11 @@ def generate(
 def fill(
     layer: Annotated[str, typer.Argument(help="MODALITY=FILE with holes (nodata, mask or NaN).")],
     observe: Annotated[
-        list[str] | None, typer.Option(help="MODALITY=FILE that guides it, repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="MODALITY=FILE that guides it, repeatable; of the layer itself: another date or "
+            "tile, whose pixels go into the holes before anything is generated."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of what is missing.")] = 1,
     seed: SeedOption = 0,
@@ -419,7 +431,9 @@ def fill(
 
 @app.command(rich_help_panel=IMAGES)
 def embed(
-    observe: Annotated[list[str], typer.Option(help="MODALITY=FILE, repeatable.")],
+    observe: Annotated[
+        list[str], typer.Option(help="MODALITY=FILE, repeatable, also for one modality.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for scene.tif and vector.json.")] = Path("out"),
     bundle: BundleOption = None,
     endpoint: EndpointOption = None,

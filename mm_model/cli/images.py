@@ -23,9 +23,9 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
 from mm_model.pictures import Amount, Panel, save_amounts, save_sheet
 from mm_model.pretrained import NAME, PRETRAINED
+from mm_model.serving.overlay import labelled
 
 if TYPE_CHECKING:
-    from mm_model.serving.generator import Generator, ObservedLayer
     from mm_model.serving.requests import Aligned, SceneRequest
 
 _PANEL_PX = 1024  # longest side of a panel
@@ -42,6 +42,7 @@ def generate(
     seed: int,
     steps: int,
     size: tuple[int | None, int | None],
+    like: Path | None,
     conditions: Conditions,
     uncertainty: bool,
     out: Path,
@@ -51,23 +52,27 @@ def generate(
     """Generate through a bundle or an endpoint; write GeoTIFFs and a picture into `out`.
 
     `observe` holds "modality=file" each; `size` is (height, width) in pixels where nothing is
-    observed. Without bundle and endpoint it is models/bundle here or, if there is none, the
-    pretrained one.
+    observed; `like` is a GeoTIFF on whose grid the result shall lie. Without bundle and endpoint it
+    is models/bundle here or, if there is none, the pretrained one.
     """
     files = _observations(observe, bundle, endpoint)
-    if files and size != (None, None):
+    if (files or like) and size != (None, None):
         raise ConfigError(
             "--height and --width",
             got=f"{size[0]}, {size[1]}",
-            remedy="leave them out: what is observed says how large the result is",
+            remedy="leave them out: what is observed, or --like, says how large the result is",
         )
+    grid = None if like is None else _grid_of(like, bool(files))
     if endpoint:
         from mm_model.client import Client
 
         with Client(endpoint) as client:
+            height, width = grid.shape if grid else size
             answer = client.generate_to(
                 out, files, targets=targets, samples=samples, seed=seed, steps=steps,
-                height=size[0], width=size[1], uncertainty=uncertainty, conditions=conditions,
+                height=height, width=width, crs=grid.crs if grid and grid.crs else None,
+                transform=grid.transform if grid and grid.crs else None,
+                uncertainty=uncertainty, conditions=conditions,
             )  # fmt: skip
             written = list(answer.paths)
     else:
@@ -75,7 +80,7 @@ def generate(
 
         folder = bundle or _bundle_at_hand()
         request = SceneRequest(
-            files, tuple(targets), samples, seed, steps, conditions=conditions,
+            files, tuple(targets), samples, seed, steps, grid=grid, conditions=conditions,
             uncertainty=uncertainty,
         )  # fmt: skip
         written = _through_bundle(folder, request, out, size)
@@ -95,7 +100,10 @@ def fill(
     bundle: Path | None,
     endpoint: str | None,
 ) -> None:
-    """Complete a layer, "modality=file", guided by what is observed of it and of others."""
+    """Complete a layer, "modality=file", guided by what is observed of it and of others.
+
+    Further files of the layer, among what is observed, are laid below the first one.
+    """
     name, _ = _observation(layer, "the layer to fill:")
     files = _observations([layer, *observe], bundle, endpoint)
     if endpoint:
@@ -118,11 +126,28 @@ def fill(
     _draw(files, written, f"{name} filled, seed {seed}", out)
 
 
-def _draw(files: Mapping[str, Path], written: Sequence[Path], title: str, out: Path) -> None:
+def _grid_of(like: Path, beside_layers: bool) -> Grid:
+    """The grid of a GeoTIFF; layers can only be warped onto one that lies somewhere."""
+    grid = raster.read_header(like).grid
+    if beside_layers and not grid.crs:
+        raise ConfigError(
+            f"--like {like} has no reference system, and layers are warped onto its grid",
+            remedy="write the CRS into the file, as gdal_edit -a_srs does",
+        )
+    return grid
+
+
+def _draw(
+    files: Mapping[str, Sequence[Path]], written: Sequence[Path], title: str, out: Path
+) -> None:
     """A picture of what was given and what came of it, and the paths of all."""
     picture = out / "picture.png"
     # What the caller calls them; a file of a satellite may name its bands otherwise, or not at all.
-    seen = [panel_of(path, "observed", MODALITIES.get(name)) for name, path in files.items()]
+    seen = [
+        panel_of(path, label, MODALITIES.get(name))
+        for name, paths in files.items()
+        for label, path in labelled("observed", paths)
+    ]
     rows = [seen] if seen else []
     gathered = [path for path in written if path.stem.endswith("_uncertainty")]
     rows.append([panel_of(path, path.stem) for path in written if path not in gathered])
@@ -200,16 +225,14 @@ def _bundle_at_hand() -> Path:
 
 def _observations(
     observe: Sequence[str], bundle: Path | None, endpoint: str | None
-) -> dict[str, Path]:
-    """Modality → file, and a check that not both a bundle and an endpoint are named."""
+) -> dict[str, list[Path]]:
+    """Modality → files in turn, and a check that not both a bundle and an endpoint are named."""
     if bundle and endpoint:
         raise ConfigError("--bundle and --endpoint", remedy="name one of them")
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for text in observe:
         name, path = _observation(text)
-        if name in files:
-            raise ConfigError(f"--observe {name} is there twice", remedy="name one file of each")
-        files[name] = path
+        files.setdefault(name, []).append(path)
     return files
 
 
@@ -234,7 +257,7 @@ def _through_bundle(
     loaded = load_bundle(folder)
     side = loaded.manifest.patch_px
     generator = Generator(loaded, max_side_px=MAX_SIDE_PX, max_samples=_MAX_SAMPLES)
-    if not request.observed:
+    if not request.observed and request.grid is None:
         grid = Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), size[0] or side, size[1] or side)
         request = replace(request, grid=grid)
     model = ModelIdentity(
@@ -267,27 +290,20 @@ def _windows_done() -> Iterator[Callable[[int, int], None]]:
 
 
 def _embed_through_bundle(
-    folder: Path, files: dict[str, Path], conditions: Conditions, out: Path
+    folder: Path, files: Mapping[str, Sequence[Path]], conditions: Conditions, out: Path
 ) -> list[Path]:
     from mm_model.serving.answers import write_embedding
     from mm_model.serving.generator import EmbedRequest, Generator
+    from mm_model.serving.uploads import read_layers
 
     loaded = load_bundle(folder)
     generator = Generator(loaded)
-    request = EmbedRequest(_layers(files, generator), conditions)
+    contents = {name: [path.read_bytes() for path in paths] for name, paths in files.items()}
+    request = EmbedRequest(read_layers(contents, generator), conditions)
     prepared = generator.prepare_embedding(request)
     (embedding,) = generator.scenes([prepared])
     origin = SceneOrigin(**_origin(folder, loaded, prepared), bundle_id=loaded.manifest.bundle_id)
     return write_embedding(embedding, origin, out)
-
-
-def _layers(files: dict[str, Path], generator: Generator) -> dict[str, ObservedLayer]:
-    from mm_model.serving.uploads import read_layer
-
-    return {
-        name: read_layer(path.read_bytes(), generator.modality(name), generator)
-        for name, path in files.items()
-    }
 
 
 def _origin(folder: Path, loaded: Bundle, prepared: Aligned) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from mm_model.errors import GeoreferenceError
 
+# Of a pixel: what writing a transform with few digits may move its corners.
+_SAME_PIXEL = 0.01
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -80,6 +83,25 @@ class Grid:
         determinant = a * e - b * d
         dx, dy = x - c, y - f
         return (a * dy - d * dx) / determinant, (e * dx - b * dy) / determinant
+
+    def offset_of(self, other: Grid) -> tuple[int, int] | None:
+        """Row and column of another grid's first pixel, counted in pixels of this one.
+
+        They may be negative, or beyond its sides. None if the other's pixels are not this one's:
+        of another reference system, size or orientation, or a part of a pixel off.
+        """
+        if other.crs != self.crs:
+            return None
+        corners = ((0, 0), (other.height, 0), (0, other.width))
+        at = [self.row_col(*other.xy(*corner)) for corner in corners]
+        if not all(math.isfinite(row) and math.isfinite(col) for row, col in at):
+            return None
+        row, col = round(at[0][0]), round(at[0][1])
+        off = (
+            max(abs(r - row - down), abs(c - col - right))
+            for (r, c), (down, right) in zip(at, corners, strict=True)
+        )
+        return (row, col) if max(off) < _SAME_PIXEL else None
 
     def window(self, row: int, col: int, height: int, width: int) -> Grid:
         """The grid of a window; it may reach over the edge."""

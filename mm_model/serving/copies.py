@@ -6,28 +6,30 @@ nothing else of what its sender wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_model.api import each
 from mm_model.data import raster
 from mm_model.data.strips import COPY_BLOCK_PX, strips, write_copy
 from mm_model.modalities import Modality
 from mm_model.serving.decoders import Decoder, FileDecoder
 from mm_model.serving.generator import Generator
 from mm_model.serving.layers import bands_of
+from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest
-from mm_model.serving.uploads import check_header, check_signature, read_header, whole_file
+from mm_model.serving.uploads import check_header, check_signature, read_headers, whole_file
 
 _Rows = Iterator[tuple[int, NDArray[np.generic], NDArray[np.bool_]]]
 
 
 def copy_uploads(
     request: SceneRequest,
-    files: Mapping[str, bytes],
+    files: Mapping[str, Sequence[bytes]],
     generator: Generator,
     decoder: Decoder,
     folder: Path,
@@ -37,27 +39,38 @@ def copy_uploads(
     Raises:
         RequestError: a file is not what it should be; no copy is made before all headers are right.
     """
-    modalities = {name: generator.modality(name) for name in files}
-    headers = {n: read_header(files[n], m, generator, decoder) for n, m in modalities.items()}
-    for name, header in headers.items():
-        with whole_file():
-            bands = bands_of(header, modalities[name])
-            found = decoder.pixels(files[name], f"part {name}", header, bands)
-            numbers = raster.band_numbers(header, bands, name)
-            write_copy(folder / f"{name}.tif", header, numbers, [(0, found.values, found.valid)])
-    return replace(request, observed={name: folder / f"{name}.tif" for name in files})
+    headers = read_headers(files, generator, decoder)
+    request = copied_to(folder, request)
+    for name, paths in each(request.observed).items():
+        of_it = zip(labelled(name, files[name]), headers[name], paths, strict=True)
+        for (label, content), header, path in of_it:
+            with whole_file():
+                bands = bands_of(header, generator.modality(name))
+                found = decoder.pixels(content, f"part {label}", header, bands)
+                numbers = raster.band_numbers(header, bands, label)
+                write_copy(path, header, numbers, [(0, found.values, found.valid)])
+    return request
 
 
-def check_file(path: Path, modality: Modality, generator: Generator) -> None:
+def copied_to(folder: Path, request: SceneRequest) -> SceneRequest:
+    """The request with its copies in a folder."""
+    named = each(request.observed).items()
+    observed = {name: tuple(folder / path for path in paths) for name, paths in named}
+    return replace(request, observed=observed)
+
+
+def check_file(path: Path, label: str, modality: Modality, generator: Generator) -> None:
     """Check the header of an upload on disk; raises as `copy_file` does."""
+    part = f"part {label}"
     with path.open("rb") as file:
-        check_signature(file.read(4), modality, path.stat().st_size)
-    with FileDecoder(path, f"part {modality.name}") as decoder:
-        _header(decoder, modality, generator)
+        check_signature(file.read(4), part, path.stat().st_size)
+    with FileDecoder(path, part) as decoder:
+        _header(decoder, part, modality, generator)
 
 
 def copy_file(
     path: Path,
+    label: str,
     modality: Modality,
     generator: Generator,
     copy: Path,
@@ -65,12 +78,15 @@ def copy_file(
 ) -> None:
     """Copy an upload of any size, strip by strip; `check` is called between and may raise.
 
+    `label` is what errors call it.
+
     Raises:
         MediaTypeError: it is no GeoTIFF, or not whole.
         TooLargeError, LayerError: its header is not one of the modality.
     """
-    with FileDecoder(path, f"part {modality.name}") as decoder:
-        header = _header(decoder, modality, generator)
+    part = f"part {label}"
+    with FileDecoder(path, part) as decoder:
+        header = _header(decoder, part, modality, generator)
         bands, grid = bands_of(header, modality), header.grid
 
         def rows() -> _Rows:
@@ -83,8 +99,10 @@ def copy_file(
         write_copy(copy, header, raster.band_numbers(header, bands, modality.name), rows())
 
 
-def _header(decoder: FileDecoder, modality: Modality, generator: Generator) -> raster.RasterHeader:
+def _header(
+    decoder: FileDecoder, part: str, modality: Modality, generator: Generator
+) -> raster.RasterHeader:
     with whole_file():
         header = decoder.header()
-    check_header(header, modality, f"part {modality.name}", generator)
+    check_header(header, modality, part, generator)
     return header

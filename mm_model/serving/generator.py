@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mm_model.api import MAX_STEPS, MIN_SIDE_PX
+from mm_model.api import MAX_STEPS, MIN_SIDE_PX, OneOrMore, each
 from mm_model.bundle import Bundle
 from mm_model.conditions import Conditions, stack_features
 from mm_model.data.circumstances import complete
@@ -32,9 +32,9 @@ from mm_model.serving.layers import (
     check_overlap,
     check_placed,
     check_position,
-    onto,
     reference_grid,
 )
+from mm_model.serving.overlay import labelled, own_grid, together
 from mm_model.serving.requests import (
     Aligned,
     Embedding,
@@ -219,38 +219,50 @@ class Generator:
                 "no layer to embed", allowed="one or more", remedy="send a GeoTIFF of a modality"
             )
 
-    def check_grids(self, grids: Mapping[str, Grid], declared: Grid | None = None) -> Grid:
+    def check_grids(
+        self, grids: Mapping[str, OneOrMore[Grid]], declared: Grid | None = None
+    ) -> Grid:
         """The grid of an answer to layers on these grids, in the model's order.
 
-        It is the declared one, or the finest layer's.
+        It is the declared one, or the finest layer's; of several files of a layer, see
+        `overlay.own_grid`.
 
         Raises:
             TooLargeError, GeoreferenceError: it is too large or too small, or a layer lies
                 elsewhere or nowhere.
         """
+        layers = each(grids)
+        files = {label: g for n, of_it in layers.items() for label, g in labelled(n, of_it)}
         if declared is not None:
-            check_placed({n: grid for n, grid in grids.items() if grid != declared})
+            check_placed({label: grid for label, grid in files.items() if grid != declared})
             check_placed({"that is declared": declared})
-        grid = declared or reference_grid(grids)
+        grid = declared or reference_grid({n: own_grid(n, of_it) for n, of_it in layers.items()})
         self._check_scene(grid)
-        for name, other in grids.items():
-            check_overlap(name, other, grid)
+        for label, other in files.items():
+            check_overlap(label, other, grid)
         return grid
 
     def _align(
-        self, given: Mapping[str, ObservedLayer], grid: Grid | None, conditions: Conditions
+        self,
+        given: Mapping[str, OneOrMore[ObservedLayer]],
+        grid: Grid | None,
+        conditions: Conditions,
     ) -> Aligned:
         """Check layers and bring them onto one grid: the given one, or the finest layer's."""
-        # The model's order, not the caller's: the order of parts decides nothing.
-        layers = {n: given[n] for n in self.modalities if n in given}
-        for name, layer in layers.items():
-            self.check_side(name, layer.grid)
-            check_layer(self.modalities[name], layer)
+        files = each(given)
+        # The model's order, not the caller's: the order of modalities decides nothing.
+        layers = {n: files[n] for n in self.modalities if n in files}
+        for name, of_it in layers.items():
+            for label, layer in labelled(name, of_it):
+                self.check_side(label, layer.grid)
+                check_layer(label, self.modalities[name], layer)
         if layers:
-            grid = self.check_grids({n: layer.grid for n, layer in layers.items()}, grid)
+            grids = {n: [layer.grid for layer in of_it] for n, of_it in layers.items()}
+            grid = self.check_grids(grids, grid)
         assert grid is not None  # `check_form` refuses a request with neither
         observed = {
-            name: onto(grid, name, layer, self.modalities[name]) for name, layer in layers.items()
+            name: together(grid, name, of_it, self.modalities[name])
+            for name, of_it in layers.items()
         }
         known = [valid for _, valid in observed.values()] or [np.ones(grid.shape, np.bool_)]
         return Aligned(grid, observed, np.logical_or.reduce(known), complete(conditions, grid))

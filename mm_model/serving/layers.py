@@ -66,13 +66,12 @@ def in_units(
     return values, valid
 
 
-def check_layer(modality: Modality, layer: ObservedLayer) -> None:
-    """Check bands, shape and, by range and median, the unit.
+def check_layer(name: str, modality: Modality, layer: ObservedLayer) -> None:
+    """Check bands, shape and, by range and median, the unit; `name` is what errors call it.
 
     Raises:
         LayerError: the layer does not hold what the modality is; it says what it looks like.
     """
-    name = modality.name
     expected = (len(modality.bands), *layer.grid.shape)
     if layer.values.shape != expected or layer.valid.shape != layer.grid.shape:
         raise LayerError(
@@ -84,10 +83,10 @@ def check_layer(modality: Modality, layer: ObservedLayer) -> None:
         raise LayerError(
             f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
         )
-    check_values(modality, layer.values[:, layer.valid])
+    check_values(name, modality, layer.values[:, layer.valid])
 
 
-def check_values(modality: Modality, known: NDArray[np.generic]) -> None:
+def check_values(name: str, modality: Modality, known: NDArray[np.generic]) -> None:
     """Check known values [bands, n] against what the modality's unit allows.
 
     Raises:
@@ -95,13 +94,13 @@ def check_values(modality: Modality, known: NDArray[np.generic]) -> None:
     """
     for band, values in zip(modality.band_names, known, strict=True):
         if modality.is_categorical:
-            _check_classes(modality, values)
+            _check_classes(name, modality, values)
         else:
-            _check_range(modality, band, values.astype(np.float64))
+            _check_range(name, modality, band, values.astype(np.float64))
 
 
 def check_offset(
-    modality: Modality, found: raster.RasterHeader, known: NDArray[np.generic]
+    name: str, modality: Modality, found: raster.RasterHeader, known: NDArray[np.generic]
 ) -> None:
     """Refuse reflectance that still has the offset of Sentinel-2's numbers, 1000, in it.
 
@@ -110,6 +109,7 @@ def check_offset(
     of integers with a scale of 0.0001, by no pixel of three visible bands being dark.
 
     Args:
+        name: what errors call it.
         modality: what it should be.
         found: header of the file.
         known: values [bands, n] in physical units, the least of each band among them.
@@ -134,7 +134,7 @@ def check_offset(
     )
     if looks or (told and bool((least >= low).all())):
         raise LayerError(
-            f"layer {modality.name}: offset",
+            f"layer {name}: offset",
             got=f"no pixel darker than {float(least.min()):.4g}"
             + (f", processing baseline {baseline}" if told else ""),
             allowed="reflectance from 0, or a declared offset",
@@ -144,18 +144,18 @@ def check_offset(
         )
 
 
-def _check_classes(modality: Modality, codes: NDArray[np.generic]) -> None:
+def _check_classes(name: str, modality: Modality, codes: NDArray[np.generic]) -> None:
     unknown = np.setdiff1d(codes, modality.class_codes)
     if unknown.size:
         raise LayerError(
-            f"layer {modality.name}: class codes",
+            f"layer {name}: class codes",
             got=", ".join(map(str, unknown[:8].tolist())),
             allowed=", ".join(map(str, modality.class_codes)),
             remedy="map the classes to these codes; 0 means nodata",
         )
 
 
-def _check_range(modality: Modality, band: str, known: NDArray[np.float64]) -> None:
+def _check_range(name: str, modality: Modality, band: str, known: NDArray[np.float64]) -> None:
     low, high = modality.valid_range
     least, most, median = float(known.min()), float(known.max()), float(np.median(known))
     least_median, most_median = modality.quantity.traits.plausible_median
@@ -163,7 +163,7 @@ def _check_range(modality: Modality, band: str, known: NDArray[np.float64]) -> N
     if low <= least and most <= high and plausible:
         return
     raise LayerError(
-        f"layer {modality.name}, band {band}: unit",
+        f"layer {name}, band {band}: unit",
         got=f"values from {least:.6g} to {most:.6g}, median {median:.6g}",
         allowed=f"{low:g} to {high:g} {modality.unit}, median {least_median:g} to {most_median:g}",
         remedy=_remedy(modality, least, most, median),
@@ -326,7 +326,7 @@ def elsewhere(name: str, grid: Grid, finest: Grid) -> GeoreferenceError:
         f"layer {name} does not overlap the grid of the answer",
         got=f"bounds {_rounded(grid)} in {_short(grid.crs)}",
         allowed=f"valid pixels within {_rounded(finest)} in {_short(finest.crs)}",
-        remedy="give layers of one place, and a grid there if you declare one",
+        remedy="give layers of one place, or declare a grid that reaches over all of them",
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from mm_model.api import OneOrMore, each
 from mm_model.codec import Codec
 from mm_model.data import raster
 from mm_model.data.align import resample
@@ -18,7 +19,7 @@ from mm_model.data.strips import strips, window_below
 from mm_model.errors import LayerError
 from mm_model.generative.windows import Frame
 from mm_model.geo.grid import Grid
-from mm_model.modalities import LEVEL_PX
+from mm_model.modalities import LEVEL_PX, Modality
 from mm_model.scene import Scene
 from mm_model.serving.generator import Generator
 from mm_model.serving.layers import (
@@ -29,10 +30,8 @@ from mm_model.serving.layers import (
     elsewhere,
     in_units,
 )
+from mm_model.serving.overlay import Pixels, labelled, laid_over, places, put, shared_part
 from mm_model.serving.uploads import check_header
-
-Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]
-"""Values [bands, rows, W] in physical units, or class codes, and valid [rows, W]."""
 
 _MEDIAN_PIXELS = 4096  # of a strip that tell the median
 _READ_ROWS = 256  # half a block of a COG; whole ones would take twice the memory
@@ -40,15 +39,31 @@ _ENCODED_ROWS = 128  # that are encoded together
 _HALO = LEVEL_PX // 2 * 2  # rows that the level, and the level's mean, of a pixel reach
 
 
+@dataclass(frozen=True)
+class _File:
+    """One of the files of a modality.
+
+    Attributes:
+        label: what errors call it.
+        place: row and column of its first pixel on the grid; None: it is resampled.
+    """
+
+    label: str
+    path: Path
+    modality: Modality
+    header: raster.RasterHeader
+    place: tuple[int, int] | None
+
+
 class ObservedFiles:
     """Layers as people have them, each with its own CRS, resolution, extent and holes.
 
     Attributes:
         grid: of the finest layer, or of the one that was named.
-        has_holes: names of layers that lack a pixel of their own grid.
 
     Args:
-        files: modality name → GeoTIFF; one or more, and any number of pixels.
+        files: modality name → GeoTIFF, or several in turn (see `overlay`); one or more, and any
+            number of pixels.
         generator: knows the modalities, and the limits.
         onto: the grid, or the layer whose grid it shall be; None: the finest.
 
@@ -58,31 +73,54 @@ class ObservedFiles:
     """
 
     def __init__(
-        self, files: Mapping[str, Path], generator: Generator, onto: str | Grid | None = None
+        self,
+        files: Mapping[str, OneOrMore[Path]],
+        generator: Generator,
+        onto: str | Grid | None = None,
     ) -> None:
-        # The model's order, not the caller's: the order of layers decides nothing.
-        self._files = {n: files[n] for n in generator.modalities if n in files}
-        self._modalities = {n: generator.modality(n) for n in self._files}
-        self._headers = {n: raster.read_header(path) for n, path in self._files.items()}
-        for name, header in self._headers.items():
-            check_header(header, self._modalities[name], str(self._files[name]), generator)
-        grids = {n: header.grid for n, header in self._headers.items()}
+        given = each(files)
+        # The model's order, not the caller's: the order of modalities decides nothing.
+        paths = {n: given[n] for n in generator.modalities if n in given}
+        headers = {n: [raster.read_header(path) for path in of_it] for n, of_it in paths.items()}
+        for name, of_it in headers.items():
+            for path, header in zip(paths[name], of_it, strict=True):
+                check_header(header, generator.modality(name), str(path), generator)
+        grids = {n: [header.grid for header in of_it] for n, of_it in headers.items()}
         if isinstance(onto, str):
             self.grid: Grid = generator.check_grids({onto: grids[onto]})
         else:
             self.grid = generator.check_grids(grids, onto)
+        self._layers: dict[str, list[_File]] = {}
+        for name, of_it in headers.items():
+            at = places(name, grids[name], self.grid)
+            one_by_one = zip(labelled(name, paths[name]), of_it, at, strict=True)
+            self._layers[name] = [
+                _File(label, path, generator.modality(name), header, place)
+                for (label, path), header, place in one_by_one
+            ]
         self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
-        self.has_holes: set[str] = set()
-        for name, grid in grids.items():
-            check_overlap(name, grid, self.grid)
-            self._survey(name)
-        for name, grid in grids.items():
-            if grid != self.grid and not any(valid.any() for valid in self._validity(name)):
-                raise elsewhere(name, grid, self.grid)
+        self._whole: set[str] = set()  # labels of files that know all of their own pixels
+        every = [file for of_it in self._layers.values() for file in of_it]
+        for file in every:
+            check_overlap(file.label, file.header.grid, self.grid)
+            self._survey(file)
+        for file in every:
+            grid = file.header.grid
+            if grid != self.grid and not any(valid.any() for _, valid in self._strips(file)):
+                raise elsewhere(file.label, grid, self.grid)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
+        return tuple(self._layers)
+
+    def has_hole(self, name: str) -> bool:
+        """Whether a layer lacks a pixel of the grid."""
+        files = self._layers[name]
+        if len(files) == 1 and files[0].header.grid == self.grid:  # the survey has seen it
+            return files[0].label not in self._whole
+        return any(
+            not self._layer(name, row, rows)[1].all() for row, rows in strips(self.grid.height)
+        )
 
     def read(self, row: int, rows: int) -> dict[str, Pixels]:
         """All layers on rows of the grid."""
@@ -94,7 +132,7 @@ class ObservedFiles:
                 np.concatenate([chunk[name][0] for chunk in chunks], axis=1)[:, inner],
                 np.concatenate([chunk[name][1] for chunk in chunks])[inner],
             )
-            for name in self._files
+            for name in self._layers
         }
 
     def _chunk(self, number: int) -> dict[str, Pixels]:
@@ -102,40 +140,41 @@ class ObservedFiles:
         if number not in self._kept:
             row = number * _READ_ROWS
             rows = min(_READ_ROWS, self.grid.height - row)
-            self._kept[number] = {name: self._read(name, row, rows) for name in self._files}
+            self._kept[number] = {name: self._layer(name, row, rows) for name in self._layers}
             while len(self._kept) > 3:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(number)
         return self._kept[number]
 
-    def _read(self, name: str, row: int, rows: int) -> Pixels:
-        modality, source = self._modalities[name], self._headers[name].grid
-        strip = self.grid.window(row, 0, rows, self.grid.width)
-        same = source == self.grid
-        below = (row, 0, rows, source.width) if same else window_below(source, strip)
-        if below is None:
-            dtype = np.dtype(modality.dtype)
-            nothing = np.zeros((len(modality.bands), rows, self.grid.width), dtype)
-            return nothing, np.zeros((rows, self.grid.width), np.bool_)
-        values, valid = self._pixels(name, below)
-        if same:
-            return values, valid
-        return resample(values, valid, source.window(*below), strip, modality, exact=True)
+    def _layer(self, name: str, row: int, rows: int) -> Pixels:
+        return laid_over(self._read(file, row, rows) for file in self._layers[name])
 
-    def _pixels(self, name: str, window: tuple[int, int, int, int]) -> Pixels:
-        """A window of a layer on its own grid."""
-        modality, path = self._modalities[name], self._files[name]
-        bands = bands_of(self._headers[name], modality)
-        return in_units(raster.read_raster(path, bands=bands, window=window), modality)
+    def _read(self, file: _File, row: int, rows: int) -> Pixels:
+        """A file on rows of the grid."""
+        source, width = file.header.grid, self.grid.width
+        strip = self.grid.window(row, 0, rows, width)
+        if file.place is not None:
+            shared = shared_part(file.place, source, row, rows, width)
+            if shared is None:
+                return _nothing(file.modality, rows, width)
+            down, across = shared
+            size = down.stop - down.start, across.stop - across.start
+            begin = down.start - file.place[0], across.start - file.place[1]
+            below = slice(down.start - row, down.stop - row)
+            return put(_pixels(file, (*begin, *size)), below, across, rows, width)
+        window = window_below(source, strip)
+        if window is None:
+            return _nothing(file.modality, rows, width)
+        values, valid = _pixels(file, window)
+        return resample(values, valid, source.window(*window), strip, file.modality, exact=True)
 
-    def _survey(self, name: str) -> None:
+    def _survey(self, file: _File) -> None:
         """Read a file once from end to end: before hours of work, not in the middle of them."""
-        modality, grid = self._modalities[name], self._headers[name].grid
-        seen = []
+        modality, grid = file.modality, file.header.grid
+        seen, whole = [], True
         for row, rows in strips(grid.height):
-            values, valid = self._pixels(name, (row, 0, rows, grid.width))
-            if not valid.all():
-                self.has_holes.add(name)
+            values, valid = _pixels(file, (row, 0, rows, grid.width))
+            whole = whole and bool(valid.all())
             known = values[:, valid]
             if not known.size:
                 continue
@@ -147,16 +186,33 @@ class ObservedFiles:
                 seen += [some, ends]
         if not seen:
             raise LayerError(
-                f"layer {name}", got="no valid pixel", allowed="one or more", remedy="leave it out"
+                f"layer {file.label}",
+                got="no valid pixel",
+                allowed="one or more",
+                remedy="leave it out",
             )
         known = np.concatenate(seen, axis=1)
-        check_values(modality, known)
-        check_offset(modality, self._headers[name], known)
+        check_values(file.label, modality, known)
+        check_offset(file.label, modality, file.header, known)
+        if whole:
+            self._whole.add(file.label)
 
-    def _validity(self, name: str) -> Iterator[NDArray[np.bool_]]:
-        """A layer's masks on strips of the grid."""
+    def _strips(self, file: _File) -> Iterator[Pixels]:
+        """A file on the grid."""
         for row, rows in strips(self.grid.height):
-            yield self._read(name, row, rows)[1]
+            yield self._read(file, row, rows)
+
+
+def _pixels(file: _File, window: tuple[int, int, int, int]) -> Pixels:
+    """A window of a file on its own grid."""
+    bands = bands_of(file.header, file.modality)
+    return in_units(raster.read_raster(file.path, bands=bands, window=window), file.modality)
+
+
+def _nothing(modality: Modality, rows: int, width: int) -> Pixels:
+    dtype = np.dtype(modality.dtype)
+    nothing = np.zeros((len(modality.bands), rows, width), dtype)
+    return nothing, np.zeros((rows, width), np.bool_)
 
 
 class MadeFiles:

@@ -33,7 +33,8 @@ Errors are RFC 9457 problems that say what was got, what is allowed and what to 
 """.strip()
 _LAYERS = """
 Each part that is named as a modality holds a GeoTIFF of it, in its own grid, reference system and \
-resolution; """
+resolution, and may be repeated for other dates or neighbouring tiles, of which each pixel is \
+taken from the first that knows it; """
 _GENERATE = (
     _LAYERS
     + """the answer lies on the grid of the finest one. Where nothing is observed, `width` and \
@@ -158,10 +159,11 @@ def request_body(
     """The form: a file for each declared modality, and the fields."""
     properties: dict[str, Any] = {
         modality.name: {
-            "type": "string",
-            "contentMediaType": TIFF,
+            "type": "array",
+            "items": {"type": "string", "contentMediaType": TIFF},
             "description": f"GeoTIFF: {modality.title}; bands {', '.join(modality.band_names)} "
-            f"in {modality.unit}, {modality.valid_range[0]:g} to {modality.valid_range[1]:g}",
+            f"in {modality.unit}, {modality.valid_range[0]:g} to {modality.valid_range[1]:g}; "
+            "repeat it for several, of which each pixel is taken from the first that knows it",
         }
         for modality in MODALITIES.values()
     }

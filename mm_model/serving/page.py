@@ -68,7 +68,10 @@ def _operation(path: str, verb: str, operation: Mapping[str, Any]) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    kind = "file" if schema.get("contentMediaType") else str(schema.get("type", ""))
+    items = schema.get("items", schema)
+    kind = "file" if items.get("contentMediaType") else str(items.get("type", ""))
+    if items is not schema:
+        kind += ", repeatable"
     limits = [f"{k} {schema[k]}" for k in ("minimum", "maximum", "default") if k in schema]
     return escape(", ".join([kind, *limits]))
 

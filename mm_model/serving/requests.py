@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_model.api import DEFAULT_STEPS, MIN_SIDE_PX
+from mm_model.api import DEFAULT_STEPS, MIN_SIDE_PX, OneOrMore
 from mm_model.conditions import NOTHING, Conditions
 from mm_model.errors import RequestError
 from mm_model.geo.grid import Grid
@@ -25,7 +25,7 @@ class Request:
     """What is observed, and what is wanted.
 
     Attributes:
-        observed: modality name → layer; may be empty.
+        observed: modality name → layer, or several in turn; may be empty.
         targets: modalities to generate, jointly; none of the observed. Empty means all that were
             not observed.
         samples: how many draws; draw k depends on (seed, k), not on how many there are.
@@ -36,7 +36,7 @@ class Request:
         conditions: what is known besides; what the grid tells need not be said.
     """
 
-    observed: Mapping[str, ObservedLayer] = field(default_factory=dict)
+    observed: Mapping[str, OneOrMore[ObservedLayer]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     samples: int = 1
     seed: int = 0
@@ -50,7 +50,8 @@ class SceneRequest:
     """What is observed, in files, and what is wanted.
 
     Attributes:
-        observed: modality name → GeoTIFF, each on a grid of its own; may be empty.
+        observed: modality name → GeoTIFF, or several in turn, each on a grid of its own; may be
+            empty.
         targets: modalities to generate; empty: all that are not observed.
         samples, seed, steps, grid, conditions: as in `Request`.
         fill: a modality that is observed in parts, to be completed: the only target, on its own
@@ -58,7 +59,7 @@ class SceneRequest:
         uncertainty: whether mean and spread of the samples are wanted, too.
     """
 
-    observed: Mapping[str, Path] = field(default_factory=dict)
+    observed: Mapping[str, OneOrMore[Path]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     samples: int = 1
     seed: int = 0
@@ -109,11 +110,11 @@ class EmbedRequest:
     """What is observed, to be told by its scene.
 
     Attributes:
-        observed: modality name → layer; one or more.
+        observed: modality name → layer, or several in turn; one or more.
         conditions: what is known besides; what the grid tells need not be said.
     """
 
-    observed: Mapping[str, ObservedLayer]
+    observed: Mapping[str, OneOrMore[ObservedLayer]]
     conditions: Conditions = NOTHING
 
 

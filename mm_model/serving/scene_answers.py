@@ -19,7 +19,7 @@ from mm_model.serving.generator import Check
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.results import pack
 from mm_model.serving.scenes import write_scene
-from mm_model.serving.uploads import FILL_FIELDS, Part, read_scene_request
+from mm_model.serving.uploads import FILL_FIELDS, Part, in_memory, read_scene_request
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,10 @@ def _copied(
     request, files = read_scene_request(parts, fields, served.generator)
     if fields is FILL_FIELDS and request.fill is None:
         raise RequestError("field fill is missing", allowed="the layer to be filled")
-    contents = {name: content for name, content in files.items() if isinstance(content, bytes)}
-    if not contents:
+    if not files:
         return request
     with decoders.decoder() as decoder:
-        return copy_uploads(request, contents, served.generator, decoder, folder)
+        return copy_uploads(request, in_memory(files), served.generator, decoder, folder)
 
 
 def _answer(works: Sequence[_Work], check: Check) -> list[tuple[Answer, Provenance]]:

@@ -30,7 +30,8 @@ from mm_model.generative.rows import RowSampler
 from mm_model.generative.windows import Frame
 from mm_model.modalities import LEVEL_PX
 from mm_model.serving.generator import Generator
-from mm_model.serving.observed import MadeFiles, ModelRows, ObservedFiles, Pixels
+from mm_model.serving.observed import MadeFiles, ModelRows, ObservedFiles
+from mm_model.serving.overlay import Pixels
 from mm_model.serving.requests import SceneRequest, check_request
 from mm_model.serving.uncertainty import Moments
 
@@ -105,7 +106,7 @@ class _Job:
         if not asked.observed:
             return None
         files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
-        if asked.fill is not None and asked.fill not in files.has_holes:
+        if asked.fill is not None and not files.has_hole(asked.fill):
             raise RequestError(
                 f"layer {asked.fill}",
                 got="no hole: every pixel is known",
@@ -180,7 +181,8 @@ class _Job:
         """What is written of generated rows: [bands, rows, W]."""
         if name == self._request.fill:
             seen, valid = observed[name]
-            values = np.where(valid, seen, values)
+            # Classes, too, may be stored in a type that holds more than the modality's.
+            values = np.where(valid, seen, values).astype(self._generator.modality(name).dtype)
             return np.concatenate([values, ~valid[None]], axis=0, dtype=values.dtype)
         if not observed:
             return values

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mm_model.api import DEFAULT_STEPS
+from mm_model.api import DEFAULT_STEPS, OneOrMore, each
 from mm_model.conditions import parse_conditions
 from mm_model.data import georeference, raster
 from mm_model.errors import (
@@ -27,6 +27,7 @@ from mm_model.modalities import Modality
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
 from mm_model.serving.layers import ObservedLayer, bands_of, check_offset, in_units
+from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest, check_request
 
 CONDITION_FIELDS: Mapping[str, str] = {
@@ -82,7 +83,8 @@ def read_request(parts: Sequence[Part], generator: Generator, decoder: Decoder) 
     Whatever form and headers tell is decided before a pixel is decoded.
 
     Raises:
-        RequestError: a part is unknown, twice there, malformed or no GeoTIFF of its modality.
+        RequestError: a part is unknown, malformed or no GeoTIFF of its modality, or a field is
+            twice there.
     """
     texts, files = _sort_out(parts, FIELDS, generator)
     numbers = {
@@ -94,7 +96,7 @@ def read_request(parts: Sequence[Part], generator: Generator, decoder: Decoder) 
     grid = _grid(texts)
     conditions = parse_conditions(texts)
     generator.check_form(tuple(files), targets, grid, **numbers)
-    observed = _read_layers(files, generator, decoder, grid)
+    observed = read_layers(in_memory(files), generator, decoder, grid)
     return Request(observed, targets, grid=grid, conditions=conditions, **numbers)
 
 
@@ -105,58 +107,92 @@ def read_embed_request(
     texts, files = _sort_out(parts, CONDITION_FIELDS, generator)
     conditions = parse_conditions(texts)
     generator.check_observed(tuple(files))
-    return EmbedRequest(_read_layers(files, generator, decoder), conditions)
+    return EmbedRequest(read_layers(in_memory(files), generator, decoder), conditions)
 
 
-def _read_layers(
-    given: Mapping[str, bytes | Path],
+def read_layers(
+    given: Mapping[str, OneOrMore[bytes]],
     generator: Generator,
-    decoder: Decoder,
+    decoder: Decoder | None = None,
     declared: Grid | None = None,
-) -> dict[str, ObservedLayer]:
-    """The files' layers; all headers are checked before the first pixel is decoded."""
-    files = {n: content for n, content in given.items() if isinstance(content, bytes)}
-    modalities = {name: generator.modality(name) for name in files}
-    headers = {n: read_header(files[n], m, generator, decoder) for n, m in modalities.items()}
-    if headers:
-        # The model's order, as the generator takes them.
-        grids = {n: headers[n].grid for n in generator.modalities if n in headers}
-        generator.check_grids(grids, declared)
-    return {n: _decode(files[n], headers[n], m, decoder) for n, m in modalities.items()}
+) -> dict[str, tuple[ObservedLayer, ...]]:
+    """Decode GeoTIFFs by modality; all headers are checked before the first pixel is decoded.
 
-
-def read_layer(content: bytes, modality: Modality, generator: Generator) -> ObservedLayer:
-    """Decode one's own GeoTIFF of a modality, once its header says that it can be one.
-
-    Bands go by their names if the file names them as the modality does, beside whatever else it
+    Bands go by their names if a file names them as the modality does, beside whatever else it
     holds, else by their order. A declared scale and offset are applied.
 
+    Args:
+        given: modality name → bytes of a file, or of several.
+        generator: knows the modalities, and the limits.
+        decoder: reads them; here, without: files of one's own.
+        declared: the grid of the answer, if the request declares one.
+
     Raises:
-        MediaTypeError: it is no GeoTIFF, or cannot be read whole.
-        TooLargeError: it declares more pixels than are allowed.
-        LayerError: it has other bands or another type of pixels.
+        MediaTypeError: one is no GeoTIFF, or cannot be read whole.
+        TooLargeError: they declare more pixels than are allowed.
+        LayerError: one has other bands or another type of pixels.
+        GeoreferenceError: they do not overlap, or not the declared grid.
     """
-    own = InProcess()
-    return _decode(content, read_header(content, modality, generator, own), modality, own)
+    files: dict[str, tuple[bytes, ...]] = each(given)
+    decoder = decoder or InProcess()
+    headers = read_headers(files, generator, decoder)
+    if headers:
+        # The model's order, as the generator takes them.
+        grids = {n: [h.grid for h in headers[n]] for n in generator.modalities if n in headers}
+        generator.check_grids(grids, declared)
+    layers = {}
+    for name, contents in files.items():
+        one_by_one = zip(labelled(name, contents), headers[name], strict=True)
+        layers[name] = tuple(
+            _decode(content, header, label, generator.modality(name), decoder)
+            for (label, content), header in one_by_one
+        )
+    return layers
 
 
-def read_header(
-    content: bytes, modality: Modality, generator: Generator, decoder: Decoder
-) -> raster.RasterHeader:
-    """The header of a modality's GeoTIFF, checked; raises what `read_layer` does."""
-    part = f"part {modality.name}"
-    check_signature(content[:4], modality, len(content))
-    with whole_file():
-        header = decoder.header(content, part)
-    check_header(header, modality, part, generator)
-    return header
+def read_headers(
+    files: Mapping[str, Sequence[bytes]], generator: Generator, decoder: Decoder
+) -> dict[str, list[raster.RasterHeader]]:
+    """Checked headers of GeoTIFFs by modality; raises what `read_layers` does."""
+    headers: dict[str, list[raster.RasterHeader]] = {name: [] for name in files}
+    for name, contents in files.items():
+        modality = generator.modality(name)
+        for label, content in labelled(name, contents):
+            part = f"part {label}"
+            check_signature(content[:4], part, len(content))
+            with whole_file():
+                header = decoder.header(content, part)
+            check_header(header, modality, part, generator)
+            headers[name].append(header)
+    _check_pixels(headers, generator)
+    return headers
 
 
-def check_signature(head: bytes, modality: Modality, size_bytes: int) -> None:
+def _check_pixels(
+    headers: Mapping[str, Sequence[raster.RasterHeader]], generator: Generator
+) -> None:
+    """Raise TooLargeError if all files together hold more than one of each modality may."""
+    bands = {name: len(modality.bands) for name, modality in generator.modalities.items()}
+    pixels = sum(
+        bands[name] * header.grid.height * header.grid.width
+        for name, of_it in headers.items()
+        for header in of_it
+    )
+    allowed = sum(bands.values()) * generator.max_side_px**2
+    if pixels > allowed:
+        raise TooLargeError(
+            "values of all files: bands x height x width",
+            got=pixels,
+            allowed=f"at most {allowed}",
+            remedy="send fewer or smaller files, or a job, which takes any size",
+        )
+
+
+def check_signature(head: bytes, part: str, size_bytes: int) -> None:
     """Raise MediaTypeError if a file does not begin as a TIFF does."""
     if not head.startswith(_SIGNATURES):
         raise MediaTypeError(
-            f"part {modality.name}",
+            part,
             got=f"{size_bytes} bytes that are not a TIFF" if size_bytes else "nothing",
             allowed="a GeoTIFF file",
             remedy="convert it with gdal_translate -of GTiff",
@@ -164,14 +200,14 @@ def check_signature(head: bytes, modality: Modality, size_bytes: int) -> None:
 
 
 def _decode(
-    content: bytes, header: raster.RasterHeader, modality: Modality, decoder: Decoder
+    content: bytes, header: raster.RasterHeader, label: str, modality: Modality, decoder: Decoder
 ) -> ObservedLayer:
     bands = bands_of(header, modality)
     with whole_file():
-        found = decoder.pixels(content, f"part {modality.name}", header, bands)
+        found = decoder.pixels(content, f"part {label}", header, bands)
     values, valid = in_units(found, modality)
     if valid.any():
-        check_offset(modality, header, values[:, valid])
+        check_offset(label, modality, header, values[:, valid])
     return ObservedLayer(values, valid, header.grid)
 
 
@@ -230,11 +266,21 @@ def _kind(dtype: str) -> str:
         return "c"
 
 
+def in_memory(files: Mapping[str, Sequence[bytes | Path]]) -> dict[str, tuple[bytes, ...]]:
+    """Files of a form that was read whole."""
+    return {n: tuple(c for c in of_it if isinstance(c, bytes)) for n, of_it in files.items()}
+
+
 def _sort_out(
     parts: Sequence[Part], fields: Mapping[str, str], generator: Generator
-) -> tuple[dict[str, str], dict[str, bytes | Path]]:
-    """Texts and files by name; raises RequestError if a part is unknown or twice there."""
+) -> tuple[dict[str, str], dict[str, tuple[bytes | Path, ...]]]:
+    """Texts, and files in their order, by name.
+
+    Raises:
+        RequestError: a part is unknown, or a field twice there.
+    """
     seen = set()
+    files: dict[str, tuple[bytes | Path, ...]] = {}
     for part in parts:
         is_file, shown = not isinstance(part.content, str), part.name[:80]
         if part.name in fields and is_file:
@@ -252,26 +298,30 @@ def _sort_out(
             raise UnknownModalityError(
                 f"part {shown!r}: unknown modality", allowed=", ".join(generator.modalities)
             )
+        if not isinstance(part.content, str):
+            files[part.name] = (*files.get(part.name, ()), part.content)
+            continue
         if part.name in seen and part.name != "target":
             raise RequestError(f"part {shown} is there twice", allowed="once")
         seen.add(part.name)
-    return (
-        {p.name: p.content for p in parts if isinstance(p.content, str)},
-        {p.name: p.content for p in parts if not isinstance(p.content, str)},
-    )
+    return {p.name: p.content for p in parts if isinstance(p.content, str)}, files
 
 
 def read_scene_request(
     parts: Sequence[Part], fields: Mapping[str, str], generator: Generator
-) -> tuple[SceneRequest, dict[str, bytes | Path]]:
-    """The request that a form makes of whole files, and these; see `serving.copies`.
+) -> tuple[SceneRequest, dict[str, tuple[bytes | Path, ...]]]:
+    """The request that a form makes of whole files, and these.
+
+    What the request names are the files' copies, without the folder that they go to: see
+    `serving.copies`.
 
     Raises:
-        RequestError: a part is unknown, twice there or malformed, or they do not fit each other.
+        RequestError: a part is unknown or malformed, a field twice there, or they do not fit each
+            other.
     """
     texts, files = _sort_out(parts, fields, generator)
     request = SceneRequest(
-        {name: Path(f"{name}.tif") for name in files},
+        {name: _copy_names(name, len(of_it)) for name, of_it in files.items()},
         tuple(str(p.content) for p in parts if p.name == "target"),
         samples=_integer(texts, "samples", 1),
         seed=_integer(texts, "seed", 0),
@@ -283,6 +333,11 @@ def read_scene_request(
     )
     check_request(request, generator)
     return request, files
+
+
+def _copy_names(name: str, files: int) -> tuple[Path, ...]:
+    """A modality's name is an identifier; so no two of all these are the same."""
+    return (Path(f"{name}.tif"), *(Path(f"{name}-{k}.tif") for k in range(2, files + 1)))
 
 
 def wants_uncertainty(parts: Sequence[Part]) -> bool:

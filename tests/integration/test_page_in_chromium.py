@@ -316,6 +316,32 @@ def test_what_the_endpoint_refuses_is_said_in_its_words_beside_the_file(browser,
         expect(page.locator("#status")).to_have_text("Nothing was generated.")
 
 
+def test_two_files_of_a_modality_are_one_layer_and_the_wrong_one_is_named(browser, address):
+    with opened(browser, address) as page:
+        june, august = geotiff("sar"), geotiff("sar", seed=1, hole=False)
+        drop(page, named("june.tif", june), named("august.tif", august))
+        expect(page.locator("#status")).to_have_text("1 observed, 40 × 24 px.")
+        for name, turn in (("june.tif", "1 of 2"), ("august.tif", "2 of 2")):
+            expect(page.locator("#cards li", has_text=name).locator("small")).to_contain_text(turn)
+        expect(page.locator("#curl")).to_contain_text(
+            re.compile("sar=@june.tif.*sar=@august.tif", re.S)
+        )
+        page.locator("#steps").fill("1")
+        generate(page)
+        parts = [("sar", ("a.tif", june)), ("sar", ("b.tif", august))]
+        fields = {"target": ["rgb", "dem", "map"], "steps": "1", "seed": "0"}
+        answer = httpx.post(f"{address}v1/generate", files=parts, data=fields)
+        assert download(page, "all, as a zip") == answer.content
+        layer = make_layer("sar")
+        linear = raster.write_geotiff(
+            None, 10 ** (layer.values / 10), layer.valid, GRID, MODALITIES["sar"]
+        )
+        drop(page, named("power.tif", linear))
+        card = page.locator("#cards li", has_text="power.tif")
+        expect(card.locator(".problem")).to_contain_text("layer sar (3 of 3), band VV")
+        expect(page.locator(".problem")).to_have_count(1)
+
+
 def test_a_file_name_is_text_wherever_it_is_shown(browser, address):
     name = "<img src=x onerror=document.title='owned'>';touch owned; \".tif"
     with opened(browser, address) as page:

@@ -20,7 +20,7 @@ from mm_model.data.prepare import open_source, prepare
 from mm_model.data.sources.geotiff import GeotiffSource
 from mm_model.data.store import PatchStore
 from mm_model.serving.generator import Request
-from mm_model.serving.uploads import read_layer
+from mm_model.serving.uploads import read_layers
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MM_REAL_DATA", ROOT.parent / "shared" / "data"))
@@ -89,8 +89,8 @@ def test_a_month_without_clear_sky_lacks_its_optical_layers(source: GeotiffSourc
 def test_a_real_radar_file_is_answered_on_its_own_grid() -> None:
     path = DATA / "terramesh_examples" / "38D_378R_2_3" / "s1.tif"
     generator = make_generator()
-    layer = read_layer(path.read_bytes(), generator.modality("sar"), generator)
-    (result,) = generator.generate([Request({"sar": layer}, ("map",), steps=1)])
+    layers = read_layers({"sar": path.read_bytes()}, generator)
+    (result,) = generator.generate([Request(layers, ("map",), steps=1)])
     with rasterio.open(path) as file:
         assert result.grid.transform == tuple(file.transform)[:6]
         assert result.grid == raster.read_header(path).grid

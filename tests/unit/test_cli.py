@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent / "serving"))
-from serving_fixtures import GRID, NAMES, geotiff, make_bundle
+from serving_fixtures import (
+    GRID,
+    NAMES,
+    geotiff,
+    make_bundle,
+    make_layer,
+    serve_config,
+)
 
 from mm_model import cli
-from mm_model.api import SceneVector
-from mm_model.bundle import load_manifest, save_bundle
+from mm_model.api import ModelIdentity, SceneVector
+from mm_model.bundle import load_bundle, load_manifest, save_bundle
 from mm_model.data import raster
+from mm_model.geo.grid import Grid
+from mm_model.modalities import MODALITIES
+from mm_model.serving.app import build_app
+from mm_model.serving.batching import FixedModel, Served
+from mm_model.serving.generator import Generator
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,6 +177,112 @@ def test_generate_from_nothing_has_the_size_asked_for(mm, bundle: Path, tmp_path
     assert raster.read_header(out / "dem.tif").grid.shape == (24, 40)
 
 
+def test_generate_lies_on_the_grid_of_a_file_that_is_named(mm, bundle, tmp_path: Path) -> None:
+    observed, like = tmp_path / "scene.tif", tmp_path / "like.tif"
+    observed.write_bytes(geotiff("sar"))
+    grid = Grid(GRID.crs, (17.3, 0, GRID.transform[2] - 51.9, 0, -16.1, GRID.transform[5]), 16, 19)
+    like.write_bytes(geotiff("map", grid))
+    arguments = ("generate", "--bundle", bundle, "--target", "dem", "--steps", 1, "--like", like)
+    status, _, err = mm(*arguments, "--observe", f"sar={observed}", "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    found = raster.read_raster(tmp_path / "out" / "dem.tif")
+    assert found.grid == grid
+    assert not found.valid[:, :2].any()  # beside the layer
+    assert found.valid[6:14, 4:].all()
+    status, _, err = mm(*arguments, "--out", tmp_path / "invented")
+    assert (status, err) == (0, "")
+    invented = raster.read_raster(tmp_path / "invented" / "dem.tif")
+    assert invented.grid == grid
+    assert invented.valid.all()
+    like.write_bytes(geotiff("map", replace(grid, crs="")))
+    status, _, err = mm(*arguments, "--observe", f"sar={observed}", "--out", tmp_path / "no")
+    assert (status, "no reference system" in err) == (1, True)
+
+
+@contextmanager
+def endpoint(bundle: Path) -> Iterator[str]:
+    """The address of the application with a bundle, listening on this machine."""
+    served = Served(
+        Generator(load_bundle(bundle), max_side_px=96), ModelIdentity(name="mm-test", version="1")
+    )
+    app = build_app(FixedModel(served), serve_config(max_side_px=96))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_an_endpoint_makes_of_a_grid_and_of_two_dates_what_the_library_makes(
+    mm, bundle: Path, tmp_path: Path
+) -> None:
+    grid = Grid(GRID.crs, (17.3, 0, GRID.transform[2], 0, -16.1, GRID.transform[5]), 16, 19)
+    for name, content in (
+        ("june", geotiff("rgb")),
+        ("august", geotiff("rgb", seed=1)),
+        ("like", geotiff("map", grid)),
+    ):
+        (tmp_path / f"{name}.tif").write_bytes(content)
+    dates = ("--observe", f"rgb={tmp_path}/june.tif", "--observe", f"rgb={tmp_path}/august.tif")
+    like = ("--like", tmp_path / "like.tif")
+    with endpoint(bundle) as url:
+        for number, arguments in enumerate(
+            (
+                ("generate", *dates, *like, "--target", "dem", "--steps", 1),
+                ("generate", *like, "--target", "dem", "--steps", 1),
+                ("fill", f"rgb={tmp_path}/june.tif", *dates[2:], "--steps", 1),
+                ("embed", *dates),
+            )
+        ):
+            found = []
+            for where in (("--bundle", bundle), ("--endpoint", url)):
+                out = tmp_path / f"{number}{where[0]}"
+                status, _, err = mm(*arguments, *where, "--out", out)
+                assert (status, err) == (0, ""), arguments
+                (path,) = out.glob("*.tif")
+                found.append(raster.read_raster(path))
+            here, there = found
+            assert here.grid == there.grid
+            assert (here.grid == grid) == ("--like" in arguments)
+            assert np.array_equal(here.valid, there.valid)
+            # In memory levels are means of other sums than in strips, and warps are less exact.
+            off = np.abs(here.values - there.values)[:, here.valid]
+            assert np.median(off) <= 1e-3 * np.abs(here.values[:, here.valid]).max()
+
+
+def test_several_dates_of_a_modality_are_one_layer(mm, bundle: Path, tmp_path: Path) -> None:
+    june, august = tmp_path / "june.tif", tmp_path / "august.tif"
+    august.write_bytes(geotiff("rgb", seed=2, hole=False))
+    cloudy = make_layer("rgb", seed=1)
+    cloudy.valid[:, 30:] = False
+    raster.write_geotiff(june, cloudy.values, cloudy.valid, GRID, MODALITIES["rgb"])
+    both = ("--observe", f"rgb={june}", "--observe", f"rgb={august}")
+    run = ("--bundle", bundle, "--steps", 1, "--out")
+    assert mm("generate", *both, "--target", "dem", *run, tmp_path / "made")[::2] == (0, "")
+    made = raster.read_raster(tmp_path / "made" / "dem.tif")
+    assert made.valid.all()
+    assert made.tags["MM_OBSERVED"] == "rgb"
+    assert mm("embed", *both, "--bundle", bundle, "--out", tmp_path / "scene")[::2] == (0, "")
+    assert raster.read_raster(tmp_path / "scene" / "scene.tif").valid.all()
+    status, _, err = mm("fill", f"rgb={june}", *both[2:], *run, tmp_path / "filled")
+    assert (status, "no hole" in err) == (1, True)
+    august.write_bytes(geotiff("rgb", seed=2))  # the corner is known to neither
+    status, _, err = mm("fill", f"rgb={june}", *both[2:], *run, tmp_path / "filled")
+    assert (status, err) == (0, "")
+    filled, known = raster.read_raster(tmp_path / "filled" / "rgb.tif"), make_layer("rgb", seed=2)
+    assert np.array_equal(filled.values[3] == 1, ~(cloudy.valid | known.valid))
+    second = known.valid & ~cloudy.valid
+    assert np.array_equal(filled.values[:3, cloudy.valid], cloudy.values[:, cloudy.valid])
+    assert np.array_equal(filled.values[:3, second], known.values[:, second])
+
+
 def test_what_is_known_of_a_picture_is_taken_and_recorded(mm, bundle: Path, tmp_path: Path) -> None:
     observed = tmp_path / "scene.tif"
     observed.write_bytes(geotiff("sar"))
@@ -236,7 +360,9 @@ def test_show_pretrained(mm, nothing_here: Path) -> None:
     ("arguments", "said"),
     [
         (("--observe", "sar"), "MODALITY=FILE"),
-        (("--observe", f"sar={__file__}", "--observe", f"sar={__file__}"), "twice"),
+        (("--like", __file__), "cannot be read as GeoTIFF"),
+        (("--like", "/nowhere.tif"), "does not exist"),
+        (("--like", __file__, "--width", "64"), "leave them out"),
         (("--observe", "sar=/nowhere.tif"), "existing GeoTIFF"),
         (("--observe", f"sar={__file__}", "--width", "64"), "leave them out"),
         (("--bundle", "a", "--endpoint", "http://127.0.0.1:1"), "one of them"),

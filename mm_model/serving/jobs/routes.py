@@ -17,9 +17,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse
 
-from mm_model.api import TIFF, ZIP, JobInfo, JobState
+from mm_model.api import TIFF, ZIP, JobInfo, JobState, each
 from mm_model.config import ServeConfig
-from mm_model.errors import RequestError
 from mm_model.serving import openapi
 from mm_model.serving.access import holder_of
 from mm_model.serving.batching import ModelSource, Served
@@ -27,6 +26,7 @@ from mm_model.serving.copies import check_file
 from mm_model.serving.forms import limited_form
 from mm_model.serving.jobs.store import Job, JobStore
 from mm_model.serving.jobs.worker import UPLOADS, Worker, for_scenes, parse
+from mm_model.serving.overlay import labelled
 from mm_model.serving.uploads import JOB_FIELDS
 
 
@@ -153,21 +153,21 @@ class Jobs:
         """Check a form, and put it where a worker finds it."""
         texts = [(n, v) for n, v in form.multi_items() if isinstance(v, str)]
         sent = [(n, v) for n, v in form.multi_items() if isinstance(v, UploadFile)]
-        files = dict(sent)
-        if len(files) < len(sent):
-            raise RequestError("a part is there twice", allowed="one file of each modality")
+        names = [name for name, _ in sent]
         generator = for_scenes(served.generator, self._config)
-        parse(texts, {name: Path(name) for name in files}, generator)
+        request = parse(texts, names, generator)
         # What a name may be is known now: modalities' names, and no path.
         folder = place / UPLOADS
         folder.mkdir(parents=True)
         stored = 0
-        for name, upload in files.items():
-            stored += _save(upload.file, folder / name)
-            check_file(folder / name, generator.modality(name), generator)
+        for name, paths in each(request.observed).items():
+            uploads = [upload for sent_as, upload in sent if sent_as == name]
+            for (label, path), upload in zip(labelled(name, paths), uploads, strict=True):
+                stored += _save(upload.file, folder / path.stem)
+                check_file(folder / path.stem, label, generator.modality(name), generator)
         store = self._open()
         store.check_room(*limits, stored)
-        store.add(job_id, limits[0], texts, list(files), stored)
+        store.add(job_id, limits[0], texts, names, stored)
 
     async def show(self, job_id: str, request: Request) -> JobInfo:
         return _info(await self._get(job_id, request))

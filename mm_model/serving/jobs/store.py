@@ -60,7 +60,7 @@ class Job:
 
     Attributes:
         form: names and texts of the form's fields.
-        files: names of the modalities that were sent.
+        files: names of the modalities that were sent, one a file, in the order of the form.
         began_s: when the present attempt began, seconds since 1970.
         done, work: windows that are computed, and all; 0 before it is known.
         attempt: number of the present attempt, from 1.

@@ -10,16 +10,17 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from mm_model.api import each
 from mm_model.config import JobsConfig
 from mm_model.data.files import needs_room
 from mm_model.errors import MMError
 from mm_model.serving.batching import ModelSource, Served
-from mm_model.serving.copies import copy_file
+from mm_model.serving.copies import copied_to, copy_file
 from mm_model.serving.generator import Generator
 from mm_model.serving.jobs.store import LEASE_S, Job, JobStore
+from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.results import pack
 from mm_model.serving.scenes import write_scene
@@ -138,13 +139,13 @@ class Worker:
         self, job: Job, served: Served, place: Path, folder: Path, held: _Held
     ) -> dict[str, object]:
         generator = for_scenes(served.generator, self._config)
-        request = parse(job.form, {name: place / UPLOADS / name for name in job.files}, generator)
         copies = folder / "copies"
         copies.mkdir(parents=True, exist_ok=True)
-        for name in job.files:
-            upload, modality = place / UPLOADS / name, generator.modality(name)
-            copy_file(upload, modality, generator, copies / f"{name}.tif", held.check)
-        request = replace(request, observed={n: copies / f"{n}.tif" for n in job.files})
+        request = copied_to(copies, parse(job.form, job.files, generator))
+        for name, paths in each(request.observed).items():
+            for label, path in labelled(name, paths):
+                upload, modality = place / UPLOADS / path.stem, generator.modality(name)
+                copy_file(upload, label, modality, generator, path, held.check)
         written = write_scene(generator, request, served.identity, folder, held.tell)
         shutil.rmtree(copies)
         path, media_type, provenance = pack(written, list(generator.modalities.values()))
@@ -204,10 +205,14 @@ def for_scenes(generator: Generator, config: JobsConfig) -> Generator:
 
 
 def parse(
-    form: Sequence[tuple[str, str]], files: dict[str, Path], generator: Generator
+    form: Sequence[tuple[str, str]], files: Sequence[str], generator: Generator
 ) -> SceneRequest:
-    """The request of a job's form and files; raises RequestError if they make none."""
+    """The request of a job's form and files, which lie below `UPLOADS` under its paths' stems.
+
+    Raises:
+        RequestError: they make none.
+    """
     parts = [Part(name, text) for name, text in form]
-    parts += [Part(name, path) for name, path in files.items()]
+    parts += [Part(name, Path(name)) for name in files]
     request, _ = read_scene_request(parts, JOB_FIELDS, generator)
     return request

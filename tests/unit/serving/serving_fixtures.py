@@ -150,13 +150,17 @@ def ask(app, *requests, times_out=60):
 
 
 def form(files=None, headers=None, path="/v1/generate", **fields):
-    """A multipart request, as curl -F makes it."""
+    """A multipart request, as curl -F makes it; a list is a part that is repeated."""
     parts = [
         (name, (None, str(value)))
         for name, given in fields.items()
         for value in (given if isinstance(given, list) else [given])
     ]
-    parts += [(name, (f"{name}.tif", content)) for name, content in (files or {}).items()]
+    parts += [
+        (name, (f"{name}.tif", content))
+        for name, given in (files or {}).items()
+        for content in (given if isinstance(given, list) else [given])
+    ]
     return "POST", path, {"files": parts, "headers": headers or {}}
 
 

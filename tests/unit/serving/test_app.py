@@ -138,10 +138,10 @@ def test_bands_go_by_name_and_a_declared_scale_is_applied(source):
             dataset.descriptions = ("VH", "VV")
             dataset.scales, dataset.offsets = (0.01, 0.01), (0.0, 0.0)
         upload = memory.read()
-    from mm_model.serving.uploads import read_layer
+    from mm_model.serving.uploads import read_layers
 
     generator = source.served.generator
-    read = read_layer(upload, generator.modality("sar"), generator)
+    (read,) = read_layers({"sar": upload}, generator)["sar"]
     np.testing.assert_allclose(read.values, raw[::-1] / 100, rtol=1e-6)
 
 
@@ -274,16 +274,6 @@ def test_linear_power_is_told_from_decibel(source):
     problem = refused(generate(source, {"sar": power}), 422, "layer")
     assert "10*log10" in problem.remedy
     assert "sar, band VV" in problem.detail
-
-
-def test_a_layer_twice_is_refused(source):
-    request = (
-        "POST",
-        "/v1/generate",
-        {"files": [("sar", ("a.tif", SAR)), ("sar", ("b.tif", SAR))]},
-    )
-    (response,) = ask(build_app(source, serve_config()), request)
-    refused(response, 422, "request")
 
 
 def test_a_block_larger_than_the_image_is_refused():

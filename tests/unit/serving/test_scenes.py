@@ -190,6 +190,21 @@ def test_holes_are_filled_and_nothing_else_is_touched(tmp_path: Path) -> None:
     assert raster.read_raster(again).valid.all()
 
 
+def test_classes_in_a_wider_type_are_filled(tmp_path: Path) -> None:
+    land = make_layer("map", SMALL)
+    path = tmp_path / "wide.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", height=60, width=44, count=1, dtype="int16", crs=SMALL.crs,
+        transform=Affine(*SMALL.transform),
+    ) as file:  # fmt: skip
+        file.write(np.where(land.valid, land.values, 0).astype(np.int16))
+    (filled,) = write(tmp_path / "out", {"map": path}, fill="map", steps=1)
+    found = raster.read_raster(filled).values
+    assert found.dtype == np.uint8
+    assert np.array_equal(found[0][land.valid], land.values[0][land.valid])
+    assert np.array_equal(found[1] == 1, ~land.valid)
+
+
 def test_uncertainty_is_that_of_the_samples(tmp_path: Path) -> None:
     given = files(tmp_path, layers(SMALL, "sar"))
     written = write(tmp_path / "out", given, "rgb", "map", samples=4, uncertainty=True)

@@ -86,8 +86,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 
 async function addFiles(given) {
   for (const file of given) {
-    const name = await guess(file);
-    files.push({ file, name: files.some((other) => other.name === name) ? "" : name, problem: null });
+    files.push({ file, name: await guess(file), problem: null });
   }
   await lookAtFiles();
 }
@@ -123,12 +122,20 @@ function showFiles() {
       $("files").focus();
     };
     const problem = entry.problem ? [problemOf(entry.problem)] : [];
-    return element("li", [element("span", entry.file.name, "name"), select, remove, ...problem]);
+    const turn = turnOf(entry);
+    const place = turn ? [element("small", `${turn}: each pixel is taken from the first that knows it`)] : [];
+    return element("li", [element("span", entry.file.name, "name"), select, remove, ...place, ...problem]);
   }));
   $("nothing").hidden = files.length > 0;
   for (const side of ["width", "height"]) $(side).disabled = files.length > 0; // not validated, then
   showTargets();
   showCurl();
+}
+
+/** Of several files of a modality, "2 of 3", as the endpoint's problems say; else "". */
+function turnOf(entry) {
+  const alike = files.filter(({ name }) => name && name === entry.name);
+  return alike.length > 1 ? `${alike.indexOf(entry) + 1} of ${alike.length}` : "";
 }
 
 /** Have the endpoint read the files and bring them onto one grid; what it refuses stays listed. */
@@ -138,13 +145,7 @@ async function lookAtFiles() {
   aligned = null;
   showFiles();
   const named = files.filter(({ name }) => name);
-  for (const entry of named) {
-    if (named.some((other) => other !== entry && other.name === entry.name)) {
-      entry.problem = { detail: `${entry.name} is there twice`, remedy: "remove one, or say what it is" };
-    }
-  }
-  if (!named.length || named.some(({ problem }) => problem)) {
-    showFiles();
+  if (!named.length) {
     showLayers();
     return say(files.length ? "Say what each file is." : "");
   }
@@ -156,11 +157,15 @@ async function lookAtFiles() {
     const manifest = JSON.parse(new TextDecoder().decode(zip.get("manifest.json")));
     aligned = { grid: gridOf(manifest), zip };
     const left = files.length > named.length ? " Say what the others are." : "";
-    say(`${named.length} observed, ${manifest.width} × ${manifest.height} px.${left}`);
+    say(`${new Set(named.map(({ name }) => name)).size} observed, ${manifest.width} × ${manifest.height} px.${left}`);
   } catch (error) {
     if (check !== checks) return;
     // A problem names the part or layer that it is about; else it is about all of them.
-    const guilty = named.find(({ name }) => new RegExp(`\\b(part|layer) '?${name}\\b`).test(error.problem?.detail));
+    const guilty = named.find((entry) => {
+      const turn = turnOf(entry);
+      const called = turn ? `${entry.name} \\(${turn}\\)` : `'?${entry.name}\\b`;
+      return new RegExp(`\\b(part|layer) ${called}`).test(error.problem?.detail);
+    });
     if (guilty && error.problem) guilty.problem = error.problem;
     else showProblem(error);
     say("The endpoint refused the files.");
