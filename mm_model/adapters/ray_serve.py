@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import signal
 import threading
 import time
@@ -49,6 +50,7 @@ _KEPT_LOG_BYTES = 2**30  # of replicas that have ended
 _RAY_START_S = 180.0
 _GATHER_S = 5.0
 _WATCH_S = 5.0
+_ANSWER_S = 20.0  # that Serve may take to say what runs
 _COMPARE_POLLS = 12  # of the alias, between two looks at champion and challenger
 _LOG = logging.getLogger("mm_model.endpoint")
 
@@ -280,7 +282,7 @@ def serve_forever(config: ServeConfig, model: str) -> None:
                 _deploy(config, model)
                 while True:
                     time.sleep(_WATCH_S)
-                    if model not in _statuses():
+                    if model not in _statuses_within(_ANSWER_S):
                         # Another `mm serve` on this Ray that ends takes all of Serve with it.
                         raise ServiceError(
                             f"the application of {model} was taken down", remedy="start it again"
@@ -354,6 +356,28 @@ def _statuses() -> dict[str, str]:
         return {name: app.status.value for name, app in serve.status().applications.items()}
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServiceError("Ray went away", got=error, remedy="start it with `mm up`") from error
+
+
+def _statuses_within(seconds: float) -> dict[str, str]:
+    """As `_statuses`, which waits for ever where another Ray stands at the address of ours."""
+    answers: queue.SimpleQueue[dict[str, str] | ServiceError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_statuses())
+        except ServiceError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise ServiceError(
+            "Ray does not answer any more", allowed=f"{seconds:g} s", remedy="start it with `mm up`"
+        ) from None
+    if isinstance(found, ServiceError):
+        raise found
+    return found
 
 
 def _code_digest() -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 import psutil
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from mm_model.adapters.environment import (
     port,
@@ -301,7 +301,11 @@ def _start(wanted: Sequence[Service], say: Callable[[str], None]) -> None:
                 if service.name in told:
                     raise _failure(service, f"{service.name} ended while it started")
                 told.add(service.name)
-                supervisor.startProcess(service.name, False)
+                try:
+                    supervisor.startProcess(service.name, False)
+                except xmlrpc.client.Fault as fault:
+                    if fault.faultCode != Faults.ALREADY_STARTED:  # by supervisord, after a crash
+                        raise
             elif state == "RUNNING" and _answers(service):
                 ready.add(service.name)
                 say(f"{service.name:15} ready  {time.monotonic() - began:4.0f} s  {service.url}")
