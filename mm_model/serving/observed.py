@@ -181,7 +181,8 @@ class ObservedFiles:
             if modality.is_categorical:
                 seen.append(np.unique(known)[None])
             else:
-                some = known[:, :: -(-known.shape[1] // _MEDIAN_PIXELS)]
+                # A copy: a view would keep all of the strip.
+                some = known[:, :: -(-known.shape[1] // _MEDIAN_PIXELS)].copy()
                 ends = np.stack([known.min(axis=1), known.max(axis=1)], axis=1)
                 seen += [some, ends]
         if not seen:

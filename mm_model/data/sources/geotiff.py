@@ -97,7 +97,8 @@ class GeotiffSource:
             yield from self._cut(unit, scene, gsd_m, part, layers)
             for name, layer in layers.items():
                 if not (part.is_all or self._modalities[name].is_categorical):
-                    samples[name].append(known_values(layer)[:, ::_SAMPLED])
+                    # A copy: a view would keep all of the strip.
+                    samples[name].append(known_values(layer)[:, ::_SAMPLED].copy())
         for name, parts in samples.items():
             if parts:
                 where = f"{scene.folder / str(wanted[name].file)}"

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -299,6 +300,39 @@ def test_a_large_scene_in_strips_gives_the_patches_of_the_whole(folder, monkeypa
             spread = np.ptp(layer.values[:, layer.valid]) if layer.valid.any() else 0
             apart = np.abs(got.values[:, both].astype(float) - layer.values[:, both])
             assert np.quantile(apart, 0.95, method="lower") <= 0.15 * spread if both.any() else True
+
+
+def test_memory_does_not_grow_with_the_number_of_strips(tmp_path, monkeypatch):
+    width, height = 128, 4096
+    rng = np.random.default_rng(0)
+    with rasterio.open(
+        tmp_path / "relief.tif",
+        "w",
+        driver="GTiff",
+        width=width,
+        height=height,
+        count=1,
+        dtype="float32",
+        crs="EPSG:32633",
+        transform=rasterio.Affine(10, 0, 300_000, 0, -10, 5_300_000),
+    ) as dataset:
+        dataset.write(rng.uniform(100, 200, (1, height, width)).astype(np.float32))
+    layers = {RELIEF.name: {"file": "relief.tif", "unit": RELIEF.unit}}
+    scenes = {"tall": {"date": "2021-07-01"}}
+    made = {"licence": "none needed", "folder": ".", "grid": RELIEF.name, "layers": layers}
+    save(tmp_path, {"root": ".", "sources": {"made": {**made, "scenes": scenes}}})
+    monkeypatch.setattr(geotiff, "_PART_PX", width * 64)
+    tall = source(tmp_path, (RELIEF,))
+    (unit,) = tall.units()
+    assert sum(1 for _ in tall.read(unit)) == height * width // PATCH_PX**2  # all is imported
+    tracemalloc.start()
+    try:
+        for _ in tall.read(unit):
+            pass
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < height * width * 4 / 3
 
 
 def test_a_scene_in_strips_is_judged_as_a_whole(folder, monkeypatch):

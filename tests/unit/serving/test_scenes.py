@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,19 @@ def test_the_same_ground_looks_the_same_in_another_scene(tmp_path: Path) -> None
     inner = slice(2 * PATCH_PX, -2 * PATCH_PX)
     assert np.allclose(a[:, inner], b[:, inner], atol=1e-5)
     assert a[:, inner].std() > 1e-3
+
+
+def test_looking_through_a_file_takes_no_more_memory_for_a_taller_one(tmp_path: Path) -> None:
+    grid = Grid(TALL.crs, TALL.transform, 16_384, 64)
+    given = files(tmp_path, layers(grid, "sar"))
+    ObservedFiles(given, GENERATOR)  # all is imported
+    tracemalloc.start()
+    try:
+        ObservedFiles(given, GENERATOR)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 3 / 4 * grid.height * grid.width * 2 * 4
 
 
 def test_layers_of_other_systems_resolutions_and_extents_guide(tmp_path: Path) -> None:
