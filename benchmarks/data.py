@@ -12,7 +12,17 @@ from datetime import UTC, datetime
 
 from benchmarks import record
 
-PARTS = ("ratio", "store", "alignment", "storage", "many", "workers", "kills", "tile")
+PARTS = (
+    "ratio",
+    "store",
+    "alignment",
+    "real_shifts",
+    "storage",
+    "many",
+    "workers",
+    "kills",
+    "tile",
+)
 """`many` takes the longest: 100,000 patches. `workers` wants a machine that does nothing else."""
 
 
