@@ -3,11 +3,9 @@
 import io
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
@@ -28,7 +25,7 @@ from mm_model.serving.access import KeyScope, new_key, parse_keys
 from mm_model.serving.app import build_app
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit/serving"))
-from serving_fixtures import GRID, geotiff, make_layer, make_source, serve_config
+from serving_fixtures import GRID, geotiff, listening, make_layer, make_source, serve_config
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -46,18 +43,8 @@ expect.set_options(timeout=60_000)  # machines are busy
 def endpoint(**more):
     """The address of an application that listens on this machine."""
     app = build_app(make_source(max_side_px=96), serve_config(max_side_px=96), **more)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.02)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with listening(app) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture(scope="module")

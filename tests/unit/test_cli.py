@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent / "serving"))
 from serving_fixtures import (
     GRID,
     NAMES,
     geotiff,
+    listening,
     make_bundle,
     make_layer,
     serve_config,
@@ -206,18 +203,8 @@ def endpoint(bundle: Path) -> Iterator[str]:
         Generator(load_bundle(bundle), max_side_px=96), ModelIdentity(name="mm-test", version="1")
     )
     app = build_app(FixedModel(served), serve_config(max_side_px=96))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.02)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with listening(app) as url:
+        yield url
 
 
 def test_an_endpoint_makes_of_a_grid_and_of_two_dates_what_the_library_makes(

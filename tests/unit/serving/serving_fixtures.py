@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
 import torch
+import uvicorn
 
 from mm_model.api import ModelIdentity, Problem
 from mm_model.bundle import Bundle, Manifest
@@ -172,3 +179,20 @@ def refused(response, status, code):
     assert problem.status == status
     assert problem.code == code
     return problem
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address of an application that listens on this machine, in a thread."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
