@@ -19,11 +19,13 @@ PARTS = (
     "real_shifts",
     "storage",
     "many",
+    "share",
     "workers",
     "kills",
     "tile",
 )
-"""`many` takes the longest: 100,000 patches. `workers` wants a machine that does nothing else."""
+"""`many` and `share` take the longest: 100,000 patches each. `workers` wants a machine that does
+nothing else."""
 
 
 def measure() -> tuple[dict[str, float], dict[str, str]]:

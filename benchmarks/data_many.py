@@ -66,8 +66,8 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         thousands = f"{patches // 1000}k"
         with tempfile.TemporaryDirectory(prefix="mm-bench-") as name:
             folder = Path(name)
-            _pipeline(folder, patches)
-            seconds, cpu = _repro(folder)
+            pipeline(folder, patches)
+            seconds, cpu = dvc(folder, "repro")
             said = json.loads((folder / "said.json").read_text())
             figures[f"peak_rss_mb_{thousands}"] = said["peak_mb"]
             print(thousands, seconds, said, flush=True)
@@ -80,12 +80,12 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
                 f"store_mb_{thousands}": sum(p.stat().st_size for p in files) / 1e6,
                 f"store_files_{thousands}": len(files),
             }
-            seconds, cpu = _repro(folder)
+            seconds, cpu = dvc(folder, "repro")
             figures[f"noop_repro_s_{thousands}"] = seconds
             figures[f"noop_repro_cpu_s_{thousands}"] = cpu
             before = {p.name: p.stat().st_size for p in files}
-            _pipeline(folder, patches + PATCHES_PER_UNIT)
-            seconds, cpu = _repro(folder)
+            pipeline(folder, patches + PATCHES_PER_UNIT)
+            seconds, cpu = dvc(folder, "repro")
             said = json.loads((folder / "said.json").read_text())
             new = [p for p in (folder / "data/patches").glob("*.arrow") if p.name not in before]
             figures |= {
@@ -105,7 +105,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
     }
 
 
-def _pipeline(folder: Path, patches: int) -> None:
+def pipeline(folder: Path, patches: int) -> None:
     """A folder with the stages, of so many patches."""
     chosen = yaml.safe_load((record.ROOT / "params.yaml").read_text())
     chosen["split"]["margin_m"] = 0  # units lie side by side
@@ -122,22 +122,15 @@ def _pipeline(folder: Path, patches: int) -> None:
     }
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     if not (folder / ".dvc").is_dir():
-        _dvc(folder, "init", "--no-scm", "-q")
+        dvc(folder, "init", "--no-scm")
 
 
-def _repro(folder: Path) -> tuple[float, float]:
-    """Seconds of the wall clock and of the CPU."""
+def dvc(folder: Path, *arguments: str) -> tuple[float, float]:
+    """Run it quietly in the folder: seconds of the wall clock and of the CPU."""
     before = os.times()
     began = time.perf_counter()
-    _dvc(folder, "repro", "-q")
-    after = os.times()
-    cpu = after.children_user + after.children_system
-    return time.perf_counter() - began, cpu - before.children_user - before.children_system
-
-
-def _dvc(folder: Path, *arguments: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", "dvc", *arguments, "-q"],
         cwd=folder,
         check=True,
         env={
@@ -148,6 +141,9 @@ def _dvc(folder: Path, *arguments: str) -> None:
             "DVC_NO_ANALYTICS": "1",
         },
     )
+    after = os.times()
+    cpu = after.children_user + after.children_system
+    return time.perf_counter() - began, cpu - before.children_user - before.children_system
 
 
 def _prepare_noise() -> None:

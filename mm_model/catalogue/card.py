@@ -258,7 +258,8 @@ def _unit(modality: Modality) -> str:
 
 
 def _distances(values: Sequence[float] | pd.Series[float]) -> str:
-    *others, last = (f"{v:g}" for v in sorted(set(values)))
+    rounded = {float(f"{v:.3g}") for v in values}  # degrees make a distance of their own a place
+    *others, last = (f"{v:g}" for v in sorted(rounded))
     return f"{', '.join(others)} and {last} m" if others else f"{last} m"
 
 

@@ -60,6 +60,19 @@ def test_the_clearest_over_the_place_is_chosen_for_each_part_of_the_time(files, 
     assert layers == [{"rgb", "sar"}] * 9 + [{"rgb"}] * 9
 
 
+def test_of_equally_clear_images_the_one_looked_at_first_is_taken(files, serve, tmp_path):
+    corner = (slice(0, 33), slice(0, 33), 9)  # 135 / 256 is clear: rounded, it would be less
+    items = [
+        sentinel2(files, "E_cloudier", "2021-06-05", cloud=30.0, covered=corner),
+        sentinel2(files, "F_fewer_clouds", "2021-06-21", cloud=2.0, covered=corner),
+    ]
+    folder = write_search(tmp_path, serve(items))
+    assert [u.unit_id for u in source(folder).units()] == [UNIT]
+    (june,) = pins(folder)["acquisitions"]
+    assert (june["date"], june["clear"]) == ("2021-06-21", 0.5273)
+    assert pins(folder)["passed_over"] == {"E_cloudier": "53% of here clear"}
+
+
 def test_the_lock_pins_what_is_read(files, clear, serve, tmp_path):
     server = serve([clear])
     folder = write_search(tmp_path, server)

@@ -168,7 +168,8 @@ class _Finder:
                     if paired is not None:
                         images[entry] = paired[1]
                 date = chosen[0].at.date().isoformat()
-                acquisitions.append(PinnedAcquisition(date=date, clear=chosen[2], images=images))
+                clear = None if chosen[2] is None else round(chosen[2], 4)
+                acquisitions.append(PinnedAcquisition(date=date, clear=clear, images=images))
         return PinnedPlace(
             asked=key,
             timeless=timeless,
@@ -202,7 +203,7 @@ class _Finder:
             share = clear_share(items, product, place, self._sign_of(entry), self._patience)
             looked += 1
             if share > (best[2] or 0.0 if best else 0.0):
-                best = (candidate, items, round(share, 4))
+                best = (candidate, items, share)
             if share >= enough or looked == _CANDIDATES:
                 break
             passed_over[candidate.name] = f"{share:.0%} of {place.name} clear"
