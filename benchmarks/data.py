@@ -40,10 +40,11 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
 
 
 def measure_part(part: str) -> tuple[dict[str, float], dict[str, str]]:
-    """One part; its note says when, and how busy the machine was at the end."""
+    """One part; its note says when, on what, and how busy that was at the end."""
     figures, notes = importlib.import_module(f"benchmarks.data_{part}").measure()
-    load = record.machine()["load_1_min"]
-    about = f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load {load}) {notes.pop('', '')}".strip()
+    place = record.machine()
+    where = f"{place['processor']}, load {place['load_1_min']}"
+    about = f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {where}) {notes.pop('', '')}".strip()
     return figures, {**notes, f"part {part}": about}
 
 

@@ -11,7 +11,10 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +30,7 @@ READ = 64
 
 def measure() -> tuple[dict[str, float], dict[str, str]]:
     """Of a synthetic store with every modality, 16 patches a place."""
-    sys.path.insert(0, str(record.ROOT / "tests" / "integration"))
-    from object_storage import objects, s3_server
-
     chosen = setting.params()
-    before_environment = dict(os.environ)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
 
     def write(places: int, out: Path) -> None:
         config = SyntheticConfig(seed=7, places=places, patches_per_place=16, complete_share=1.0)
@@ -47,25 +43,17 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
             shards="s3://world/patches",
         )
 
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="mm-bench-") as name,
-            s3_server(port, "world") as (environment, client),
-        ):
-            os.environ.update(environment)
-            out = Path(name) / "patches"
-            write(PLACES, out)
-            before = _shards(objects(client, "world"))
-            write(PLACES + 1, out)
-            after = _shards(objects(client, "world"))
-            store = PatchStore("s3://world/patches")
-            order = np.random.default_rng(0).permutation(len(store))[:READ].tolist()
-            began = time.perf_counter()
-            patches = store.read_many(order)
-            seconds = time.perf_counter() - began
-    finally:
-        os.environ.clear()
-        os.environ.update(before_environment)
+    with tempfile.TemporaryDirectory(prefix="mm-bench-") as name, loopback_s3("world") as client:
+        out = Path(name) / "patches"
+        write(PLACES, out)
+        before = _shards(sizes(client, "world"))
+        write(PLACES + 1, out)
+        after = _shards(sizes(client, "world"))
+        store = PatchStore("s3://world/patches")
+        order = np.random.default_rng(0).permutation(len(store))[:READ].tolist()
+        began = time.perf_counter()
+        patches = store.read_many(order)
+        seconds = time.perf_counter() - began
     new = set(after) - set(before)
     read = sum(y.values.nbytes for p in patches for y in p.layers.values())
     shards = {s for at in order for s in store.rows(at)["shard"]}
@@ -90,5 +78,31 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
     }
 
 
-def _shards(found: dict[str, tuple[str, object, int]]) -> dict[str, int]:
-    return {key: size for key, (_, _, size) in found.items() if key.endswith(".arrow")}
+@contextmanager
+def loopback_s3(*buckets: str) -> Iterator[Any]:
+    """A client of moto's server; within, the environment of this process leads to it, too."""
+    sys.path.insert(0, str(record.ROOT / "tests" / "integration"))
+    from object_storage import s3_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = dict(os.environ)
+    try:
+        with s3_server(port, *buckets) as (environment, client):
+            os.environ.update(environment)
+            yield client
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def sizes(client: Any, bucket: str) -> dict[str, int]:
+    """Bytes of every object."""
+    from object_storage import objects
+
+    return {key: size for key, (_, _, size) in objects(client, bucket).items()}
+
+
+def _shards(found: dict[str, int]) -> dict[str, int]:
+    return {key: size for key, size in found.items() if key.endswith(".arrow")}

@@ -50,7 +50,7 @@ def data_card(
     }
     head = (
         f"{len(census.patches):,} patches of {len(census.places):,} places,"
-        f" {_distances(census.patches['gsd_m'])} a pixel, each with any of"
+        f" {distances(census.patches['gsd_m'])} a pixel, each with any of"
         f" {', '.join(f'`{m.name}`' for m in census.modalities)}: co-registered on one grid, in"
         " physical units, with a mask where nothing is known."
     )
@@ -62,7 +62,7 @@ def _what(census: Census) -> str:
     rows = []
     for m in census.modalities:
         row = census.layers.loc[m.name]
-        native = _distances(row["native_gsd_m"]) if row["native_gsd_m"] else "not known"
+        native = distances(row["native_gsd_m"]) if row["native_gsd_m"] else "not known"
         share = 100 * row["layers"] / len(census.patches)
         valid = f"{100 * row['valid_fraction']:.1f} %" if row["layers"] else "–"
         of = f"{len(m.classes)} classes" if m.is_categorical else ", ".join(m.band_names)
@@ -257,7 +257,8 @@ def _unit(modality: Modality) -> str:
     return "–" if modality.unit == "1" else modality.unit
 
 
-def _distances(values: Sequence[float] | pd.Series[float]) -> str:
+def distances(values: Sequence[float] | pd.Series[float]) -> str:
+    """Each of them once, in metres, to three digits."""
     rounded = {float(f"{v:.3g}") for v in values}  # degrees make a distance of their own a place
     *others, last = (f"{v:g}" for v in sorted(rounded))
     return f"{', '.join(others)} and {last} m" if others else f"{last} m"

@@ -11,7 +11,7 @@ from data_fixtures import make_store
 from PIL import Image
 
 from mm_model.catalogue import sheets as looking
-from mm_model.catalogue.card import table
+from mm_model.catalogue.card import distances, table
 from mm_model.catalogue.charts import rebinned, view
 from mm_model.catalogue.page import page
 from mm_model.catalogue.write import page_of, write_catalogue
@@ -155,3 +155,8 @@ def test_bins_hold_every_pixel_of_their_range():
     edges, shares = rebinned(narrow, 0.5, 0.5)
     assert shares.sum() == 1
     assert (np.diff(edges) > 0).all()
+
+
+def test_distances_that_differ_by_their_latitude_alone_are_one():
+    assert distances([25.3336, 25.3392, 25.3364]) == "25.3 m"
+    assert distances([1200.0, 10.0, 7.6]) == "7.6, 10 and 1200 m"
