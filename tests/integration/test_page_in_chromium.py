@@ -398,6 +398,26 @@ def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(browser
         expect(page.get_by_label("API key", exact=True)).to_be_visible()
 
 
+def test_who_asks_while_the_files_are_read_gets_the_answer_on_their_grid(browser, address):
+    with opened(browser, address) as page:
+        held, generated = [], []
+        page.route("**/v1/align", lambda route: held.append(route))
+        page.on("request", lambda r: generated.append(r) if r.url.endswith("generate") else None)
+        for unwanted in ("dem", "map"):
+            page.locator("#targets label", has_text=unwanted).locator("input").uncheck()
+        page.set_input_files("#files", named("sar.tif", geotiff("sar")))
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+        expect(page.locator("#status")).to_have_text("The endpoint reads the files …")
+        assert (len(held), generated) == (1, [])
+        held[0].continue_()
+        expect(page.locator("#status")).to_have_text(DONE)
+        assert len(generated) == 1
+        assert page.locator("#left").input_value() == "observed sar"
+        assert page.locator("#right").input_value() == "generated rgb"
+        expect(page.locator("#right-legend")).not_to_contain_text("another reference system")
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_control_has_a_name_and_every_text_contrast(browser, address, size):
     with opened(browser, address, size) as page:

@@ -15,6 +15,7 @@ let files = []; // {file, name: modality or "", problem}
 let aligned = null; // {grid, layers} of the files, as the endpoint reads them
 let running = null; // AbortController of what is being asked
 let checks = 0; // counts the times that files were sent to be seen
+let reading = null; // promise of the files being read, here and by the endpoint
 const layers = new Layers();
 const view = new MapView($("ground"), $("swipe"), showValues);
 
@@ -84,11 +85,13 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-async function addFiles(given) {
-  for (const file of given) {
-    files.push({ file, name: await guess(file), problem: null });
-  }
-  await lookAtFiles();
+function addFiles(given) {
+  reading = (async () => {
+    for (const file of given) {
+      files.push({ file, name: await guess(file), problem: null });
+    }
+    await lookAtFiles();
+  })();
 }
 
 /** The modality that a file's own tag, its bands' names or its name tell; "" if none does. */
@@ -139,7 +142,11 @@ function turnOf(entry) {
 }
 
 /** Have the endpoint read the files and bring them onto one grid; what it refuses stays listed. */
-async function lookAtFiles() {
+function lookAtFiles() {
+  return (reading = alignFiles());
+}
+
+async function alignFiles() {
   const check = ++checks;
   files.forEach((entry) => (entry.problem = null));
   aligned = null;
@@ -245,10 +252,8 @@ $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (running) return;
   clearProblem();
-  if (!wanted().length) return say("Choose at least one wanted modality.");
-  if (files.some(({ name }) => !name)) return say("Say what each file is, or remove it.");
   running = new AbortController();
-  const began = performance.now(), given = fields(), grid = aligned?.grid ?? null;
+  const began = performance.now();
   const watch = setInterval(() => {
     const seconds = `${((performance.now() - began) / 1000).toFixed(0)} s`;
     $("elapsed").textContent = done ? `${done}, ${seconds}` : seconds;
@@ -264,6 +269,11 @@ $("ask").addEventListener("submit", async (event) => {
   };
   try {
     const { signal } = running;
+    await filesRead(); // their grid is where the answer is drawn
+    signal.throwIfAborted();
+    if (!wanted().length) return say("Choose at least one wanted modality.");
+    if (files.some(({ name }) => !name)) return say("Say what each file is, or remove it.");
+    const given = fields(), grid = aligned?.grid ?? null;
     const answer = await withKey(() => post("v1/generate", formOf(files, given), { signal, onprogress }));
     await take(answer, given, grid);
     say(`Done in ${((performance.now() - began) / 1000).toFixed(1)} s.`);
@@ -280,6 +290,11 @@ $("ask").addEventListener("submit", async (event) => {
     setBusy(false);
   }
 });
+
+/** Wait until no file is being read any more; more may come while one waits. */
+async function filesRead() {
+  for (let awaited = null; awaited !== reading;) await (awaited = reading);
+}
 
 function setBusy(busy) {
   $("generate").disabled = busy;
