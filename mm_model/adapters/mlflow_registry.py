@@ -21,7 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 import mlflow
 import requests
 from mlflow.entities import LifecycleStage
@@ -341,10 +340,10 @@ def connected() -> Iterator[mlflow.MlflowClient]:
     url = environment.mlflow_url()
     try:
         if url.startswith("http"):
-            httpx.get(f"{url}/health", timeout=10).raise_for_status()
+            requests.get(f"{url}/health", timeout=10).raise_for_status()
         mlflow.set_tracking_uri(url)
         yield mlflow.MlflowClient(url)
-    except (httpx.HTTPError, requests.RequestException) as error:
+    except requests.RequestException as error:
         raise RegistryError(
             f"MLflow does not answer at {url}", got=error, remedy="start it with `mm up`"
         ) from error

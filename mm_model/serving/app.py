@@ -286,9 +286,11 @@ class _Endpoint:
         served = lane.served
         if wants_uncertainty(parts):
             return await self._whole(request, parts, lane, watch, FIELDS)
-        prepared = await self._prepared(parts, served, watch, _prepare)
-        watch.note(samples=prepared.samples, steps=prepared.steps)
-        sampling = lane.batcher.submit(served.generator.sample, prepared, watch.took, watch.tell)
+        sample, batcher = served.generator.sample, lane.batcher
+        with batcher.coming():
+            prepared = await self._prepared(parts, served, watch, _prepare)
+            watch.note(samples=prepared.samples, steps=prepared.steps)
+            sampling = batcher.submit(sample, prepared, watch.took, watch.tell)
         result = await while_present(request, sampling)
         for name, values in result.values.items():
             self._metrics.pixels.labels(name).inc(len(values) * prepared.valid.size)
@@ -335,10 +337,11 @@ class _Endpoint:
         self, request: Request, parts: list[Part], lane: Lane, watch: Watch
     ) -> Response:
         served = lane.served
-        prepared = await self._prepared(parts, served, watch, _prepare_embedding)
-        embedding = await while_present(
-            request, lane.batcher.submit(served.generator.scenes, prepared, watch.took)
-        )
+        scenes, batcher = served.generator.scenes, lane.batcher
+        with batcher.coming():
+            prepared = await self._prepared(parts, served, watch, _prepare_embedding)
+            embedding_to_be = batcher.submit(scenes, prepared, watch.took)
+        embedding = await while_present(request, embedding_to_be)
         origin = SceneOrigin(
             **_origin(served, prepared), bundle_id=served.generator.manifest.bundle_id
         )

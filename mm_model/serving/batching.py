@@ -2,7 +2,7 @@
 
 Ray Serve has a batcher of its own. This one differs in what it waits for: a batch holds requests of
 one shape and one model version only, a small request never waits for a large one that came later,
-and a caller who left takes no part.
+a lone request for nobody, and a caller who left takes no part.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -98,7 +99,7 @@ class Batcher:
 
     Args:
         max_batch: most requests of a batch.
-        wait_s: how long the first of a batch waits for companions.
+        wait_s: how long a batch waits at most for requests that are `coming`.
         on_batch: told the size of each batch.
         on_queue: told how many wait, whenever that changes.
     """
@@ -116,20 +117,32 @@ class Batcher:
         self._on_queue = on_queue
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
+        self._coming = 0
+        self._came = asyncio.Event()
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Around what reads a request and submits it: a batch waits for it a while."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._came.set()
 
     @property
     def is_busy(self) -> bool:
         """Whether something is being worked on; for any thread."""
         return self._worker is not None and not self._worker.done()
 
-    async def submit(
+    def submit(
         self,
         work: Callable[[Sequence[A], Check], Sequence[T]],
         request: A,
         took: Took = lambda *_: None,
         tell: Tell = lambda _: None,
-    ) -> T:
-        """The request's result; cancelling this call takes it out of the queue.
+    ) -> asyncio.Future[T]:
+        """The request's result to be; cancelling it takes the request out of the queue.
 
         Args:
             work: a generator's method, which answers a batch of such requests; it calls what it
@@ -144,12 +157,11 @@ class Batcher:
         self._on_queue(len(self._waiting))
         if not self.is_busy:
             self._worker = asyncio.create_task(self._work())
-        return await answer
+        return answer
 
     async def _work(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._max_batch:
-                await asyncio.sleep(self._wait_s)
+            await self._wait_for_companions()
             batch = self._take()
             self._on_queue(len(self._waiting))
             if not batch:
@@ -170,6 +182,15 @@ class Batcher:
                     item.took("sample", began, ended)
                     if not item.answer.done():
                         item.answer.set_result(result)
+
+    async def _wait_for_companions(self) -> None:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while self._coming and len(self._waiting) < self._max_batch:
+                    self._came.clear()
+                    await self._came.wait()
+        except TimeoutError:
+            pass
 
     def _take(self) -> list[_Waiting]:
         """The longest waiting request and its companions; those that were left are dropped."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,7 +22,7 @@ class CallerLeftError(HTTPException):
         super().__init__(CLIENT_LEFT, "the caller left")
 
 
-async def while_present(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_present(request: Request, work: Awaitable[T]) -> T:
     """The work's result; the work is cancelled once the caller has closed the connection.
 
     Servers need not cancel what a caller has left, and most do not. The request's body must have
