@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,9 @@ class Endpoint:
         # Ray allows one thread for less than a CPU; the replicas of a machine share all of it.
         replicas = self._config.max_replicas or self._config.replicas
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas))
+        # Sampling asks for the interpreter at every operation of the tensors. At ten times the
+        # capacity it got a tenth more done than with Python's own 5 ms, while others are refused.
+        sys.setswitchinterval(0.5e-3)
         cache = environment.state_dir() / "serving" / model
         cache.mkdir(parents=True, exist_ok=True)
         self._model = model
