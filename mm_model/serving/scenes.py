@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mm_model.api import ModelIdentity, Provenance
+from mm_model.api import ModelIdentity, Provenance, each
 from mm_model.codec import Codec
 from mm_model.data.circumstances import complete
 from mm_model.data.files import needs_room
@@ -107,11 +107,14 @@ class _Job:
             return None
         files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
         if asked.fill is not None and not files.has_hole(asked.fill):
+            several = len(each(asked.observed)[asked.fill]) > 1
             raise RequestError(
                 f"layer {asked.fill}",
-                got="no hole: every pixel is known",
+                got="no hole: every pixel is known" + (" to one of its files" if several else ""),
                 allowed="a layer with pixels that are nodata, masked or NaN",
-                remedy="declare its nodata value, as gdal_edit -a_nodata does",
+                remedy="merge them, the first one last, with gdal_merge.py: nothing is missing"
+                if several
+                else "declare its nodata value, as gdal_edit.py -a_nodata does",
             )
         return files
 

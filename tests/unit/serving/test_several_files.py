@@ -350,7 +350,9 @@ def test_filling_generates_only_what_no_file_knows(tmp_path):
     np.testing.assert_array_equal(found.values[:3, 24:, 4:29], tile.values)
     # Together they have no hole: there is nothing to fill.
     full = [encoded("rgb", june), geotiff("rgb", seed=2, hole=False)]
-    assert "no hole" in str(refused(post("/v1/fill", {"rgb": full}, fill="rgb"), 422, "request"))
+    problem = refused(post("/v1/fill", {"rgb": full}, fill="rgb"), 422, "request")
+    assert problem.got == "no hole: every pixel is known to one of its files"
+    assert "gdal_merge.py" in problem.remedy
     # Two that are whole make a corner of neither.
     corner = [
         geotiff("rgb", WEST, hole=False),
