@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -49,7 +50,7 @@ def _operation(path: str, verb: str, operation: Mapping[str, Any]) -> str:
     ]
     for media, body in operation.get("requestBody", {}).get("content", {}).items():
         rows = [
-            (f"<code>{escape(name)}</code>", _type(field), escape(field.get("description", "")))
+            (f"<code>{escape(name)}</code>", _type(field), _words(field.get("description", "")))
             for name, field in body["schema"]["properties"].items()
         ]
         parts.append(f"<p>Body: <code>{escape(media)}</code></p>" + _table(rows))
@@ -60,7 +61,7 @@ def _operation(path: str, verb: str, operation: Mapping[str, Any]) -> str:
                 f"<code>{escape(media)}</code> {_reference(content.get('schema', {}))}"
                 for media, content in answer.get("content", {}).items()
             ),
-            escape(answer["description"]),
+            _words(answer["description"]),
         )
         for status, answer in operation["responses"].items()
     ]
@@ -90,6 +91,11 @@ def _prose(text: str) -> str:
     """Paragraphs; indented ones are shown as they stand."""
     blocks = (block for block in text.split("\n\n") if block.strip())
     return "".join(
-        f"<pre>{escape(block)}</pre>" if block.startswith("    ") else f"<p>{escape(block)}</p>"
+        f"<pre>{escape(block)}</pre>" if block.startswith("    ") else f"<p>{_words(block)}</p>"
         for block in blocks
     )
+
+
+def _words(text: str) -> str:
+    """Text whose `code` is set as such."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -275,6 +275,8 @@ def test_on_a_phone_and_with_keys_alone_a_place_is_made_from_nothing(browser, ad
         page.locator("#seed").press("Enter")
         expect(page.locator("#status")).to_have_text(DONE)
         expect(page.locator("#right-title")).to_contain_text("generated")
+        sides = [page.locator(side).input_value() for side in ("#left", "#right")]
+        assert sides == ["generated rgb", "generated sar"]  # to be swiped between
         found = raster.read_raster(download(page, "map.tif"))
         assert found.grid.shape == (48, 64)
         wide = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")

@@ -424,6 +424,9 @@ def test_the_docs_need_no_other_server(source):
     assert "/v1/generate" in page.text
     for loads in ("<script", "src=", "http://", "https://", "@import"):
         assert loads not in page.text
+    prose, _, schemas = page.text.partition("<h2>Schemas</h2>")
+    assert "`" not in prose  # names are set as code
+    assert schemas
 
 
 def test_unknown_paths_and_methods_are_problems(source):

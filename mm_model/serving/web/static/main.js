@@ -359,9 +359,10 @@ async function showLayers(fresh = false) {
       options.label = group;
       return options;
     }));
-    const first = known.filter((id) => id.startsWith(side === "left" ? "observed" : "generated"));
-    const otherwise = side === "left" ? known[0] : known.at(known.length > 1 ? 1 : 0);
-    $(side).value = known.includes(before) && !fresh ? before : (first[0] ?? otherwise ?? "");
+    const kind = side === "left" ? "observed" : "generated";
+    const free = known.filter((id) => side === "left" || id !== $("left").value);
+    const chosen = free.find((id) => id.startsWith(kind)) ?? free[0] ?? known[0] ?? "";
+    $(side).value = known.includes(before) && !fresh ? before : chosen;
   }
   for (const id of ["sides", "swipe", "zoom", "legends"]) $(id).hidden = !known.length;
   $("empty").hidden = known.length > 0;
