@@ -41,6 +41,7 @@ def dvc(folder, *arguments):
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "DVC_SITE_CACHE_DIR": str(folder / "site"),
+            "MM_RAY_PORT": "9",  # nobody listens there: the stages start a Ray of their own
         },
         capture_output=True,
         text=True,
