@@ -21,7 +21,7 @@ from mm_model.conditions import Conditions, stack_features
 from mm_model.data.circumstances import complete
 from mm_model.errors import GeoreferenceError, RequestError, TooLargeError, UnknownModalityError
 from mm_model.generative.noise import sample_seeds
-from mm_model.generative.sampler import mean_scene, sample, step_count
+from mm_model.generative.sampler import for_sampling, mean_scene, sample, step_count
 from mm_model.generative.windows import STRIDE, distance
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
@@ -76,7 +76,7 @@ class Generator:
     def __init__(
         self, bundle: Bundle, *, max_side_px: int = 1024, max_samples: int = 16, max_batch: int = 8
     ) -> None:
-        self.model = bundle.model
+        self.model = for_sampling(bundle.model)
         self.manifest = bundle.manifest
         self.modalities: Mapping[str, Modality] = {m.name: m for m in bundle.manifest.modalities}
         self.max_side_px = max_side_px

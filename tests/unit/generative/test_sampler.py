@@ -15,6 +15,7 @@ from model_fixtures import FIVE, NAMES, make_model, make_scene
 
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
+from mm_model.generative import sampler
 from mm_model.generative.noise import canvas_noise, generator, sample_seeds, scene_noise
 from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
 from mm_model.generative.windows import Windows
@@ -44,6 +45,23 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(precision: str) -> No
         assert torch.equal(batch[1:2], alone)
     else:  # bitwise where the CPU has bf16 instructions, to rounding elsewhere
         assert torch.allclose(batch[1:2], alone, atol=0.05)
+
+
+def test_matrices_that_are_cast_once_make_the_same_samples(monkeypatch) -> None:
+    x, mask = observed(("sar",), height=20, width=44)
+    monkeypatch.setattr(sampler, "native_precision", lambda _: "fp32")
+    assert sampler.for_sampling(MODEL) is MODEL
+    monkeypatch.setattr(sampler, "native_precision", lambda _: "bf16")
+    fast = sampler.for_sampling(MODEL)
+    of = {n: p.dtype for n, p in fast.named_parameters()}
+    assert of["flow.to_scene.weight"] == of["decoder.fine_in.weight"] == torch.bfloat16
+    assert (
+        of["decoder.pixel_networks.inner.weight"] == torch.float32
+    )  # multiplied before it is cast
+    assert {p.dtype for p in MODEL.parameters()} == {torch.float32}
+    for steps in (1, 2):
+        made = [sample(m, x, mask, ["rgb", "map"], [9, 3, 5], steps) for m in (MODEL, fast)]
+        assert torch.equal(*made)
 
 
 def test_requests_of_different_kinds_share_a_batch() -> None:
