@@ -420,6 +420,17 @@ def test_who_asks_while_the_files_are_read_gets_the_answer_on_their_grid(browser
         expect(page.locator("#right-legend")).not_to_contain_text("another reference system")
 
 
+def test_a_file_that_the_browser_cannot_read_is_said_and_stops_nothing_else(browser, address):
+    with opened(browser, address) as page:
+        page.evaluate("() => { Blob.prototype.text = () => Promise.reject(Error('it is gone')); }")
+        drop(page, named("sar.tif", geotiff("sar")))
+        expect(page.locator("#problem")).to_contain_text("it is gone")
+        expect(page.locator("#cards li")).to_have_count(0)
+        for side in ("#width", "#height"):
+            page.locator(side).fill("32")
+        generate(page)
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_control_has_a_name_and_every_text_contrast(browser, address, size):
     with opened(browser, address, size) as page:

@@ -55,9 +55,8 @@ def test_matrices_that_are_cast_once_make_the_same_samples(monkeypatch) -> None:
     fast = sampler.for_sampling(MODEL)
     of = {n: p.dtype for n, p in fast.named_parameters()}
     assert of["flow.to_scene.weight"] == of["decoder.fine_in.weight"] == torch.bfloat16
-    assert (
-        of["decoder.pixel_networks.inner.weight"] == torch.float32
-    )  # multiplied before it is cast
+    # Multiplied before it is cast.
+    assert of["decoder.pixel_networks.inner.weight"] == torch.float32
     assert {p.dtype for p in MODEL.parameters()} == {torch.float32}
     for steps in (1, 2):
         made = [sample(m, x, mask, ["rgb", "map"], [9, 3, 5], steps) for m in (MODEL, fast)]

@@ -87,8 +87,12 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 
 function addFiles(given) {
   reading = (async () => {
-    for (const file of given) {
-      files.push({ file, name: await guess(file), problem: null });
+    try {
+      for (const file of given) {
+        files.push({ file, name: await guess(file), problem: null });
+      }
+    } catch (error) { // the browser cannot read it any more
+      showProblem(error);
     }
     await lookAtFiles();
   })();
