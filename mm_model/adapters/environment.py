@@ -88,7 +88,9 @@ def endpoint_tls() -> dict[str, str]:
 
 
 def endpoint_url() -> str:
-    return os.environ.get("MM_ENDPOINT_URL", f"http://127.0.0.1:{port('endpoint')}")
+    """MM_ENDPOINT_URL, or where it listens on this machine: by TLS if it has a certificate."""
+    scheme = "https" if endpoint_tls() else "http"
+    return os.environ.get("MM_ENDPOINT_URL", f"{scheme}://127.0.0.1:{port('endpoint')}")
 
 
 def service_environment() -> dict[str, str]:

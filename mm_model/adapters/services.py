@@ -29,6 +29,7 @@ import psutil
 from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from mm_model.adapters.environment import (
+    endpoint_tls,
     port,
     project_root,
     ray_temp_dir,
@@ -63,7 +64,7 @@ class Service:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{port(self.ports[0])}" if self.ports else ""
+        return f"{_scheme(self.name)}://127.0.0.1:{port(self.ports[0])}" if self.ports else ""
 
     @property
     def log(self) -> Path:
@@ -82,8 +83,14 @@ class Status:
     processes: int
 
 
+def _scheme(service: str) -> str:
+    return "https" if service == "endpoint" and endpoint_tls() else "http"
+
+
 def _ok(service: str, path: str) -> bool:
-    return httpx.get(f"http://127.0.0.1:{port(service)}{path}", timeout=5).status_code == 200
+    # Whether it is alive, on this machine: no secret is sent, and who signed does not matter.
+    url = f"{_scheme(service)}://127.0.0.1:{port(service)}{path}"
+    return httpx.get(url, timeout=5, verify=False).status_code == 200
 
 
 def _ray_answers() -> bool:

@@ -177,7 +177,8 @@ def _services() -> Iterator[Finding]:
 
 def _answers(name: str, base: str, path: str) -> Finding:
     try:
-        status = httpx.get(base + path, timeout=3).status_code
+        # Whether it is alive: no secret is sent, and who signed does not matter.
+        status = httpx.get(base + path, timeout=3, verify=False).status_code
     except httpx.HTTPError:
         return Finding(name, f"no answer at {base}", "mm up", is_fault=False)
     # Ray answers 401 without its token: it is there.

@@ -247,6 +247,8 @@ def test_mm_key_new_writes_what_the_endpoint_reads(tmp_path):
 
 def test_tls_files_are_both_there_or_neither(tmp_path, monkeypatch):
     assert environment.endpoint_tls() == {}
+    monkeypatch.delenv("MM_ENDPOINT_URL", raising=False)
+    assert environment.endpoint_url().startswith("http://127.0.0.1:")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     monkeypatch.setenv("MM_ENDPOINT_TLS_CERT", str(certificate))
     certificate.touch()
@@ -259,3 +261,4 @@ def test_tls_files_are_both_there_or_neither(tmp_path, monkeypatch):
     found = environment.endpoint_tls()
     assert found == {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
     assert set(found) <= set(HTTPOptions.model_fields)
+    assert environment.endpoint_url().startswith("https://127.0.0.1:")
