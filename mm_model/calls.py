@@ -210,22 +210,13 @@ def generate(
         NotReadyError, OverloadedError, DeadlineError: try again later, or ask for less.
         ServiceError: nobody answers.
     """
-    fields = {
-        "samples": samples,
-        "seed": seed,
-        "steps": steps,
-        "height": height,
-        "width": width,
-        "crs": crs,
-        "transform": None if transform is None else ",".join(map(repr, transform)),
-        "uncertainty": str(uncertainty).lower(),
-        **conditions.texts(),
-    }
+    form = _form(samples, seed, steps, uncertainty, conditions)
+    grid = _grid_form(height, width, crs, transform)
     return Call(
         "POST",
         "/v1/generate",
         _generated,
-        [*fields.items(), *(("target", target) for target in targets)],
+        [*form, *grid, *(("target", target) for target in targets)],
         _files(observed),
         {"Accept": PNG} if picture else {},
         _save_generated,
@@ -267,7 +258,7 @@ def fill(
     With `uncertainty`, mean and spread of two samples or more, too; the other arguments and the
     errors are those of `generate`.
     """
-    form = _scene_form(layer, samples, seed, steps, uncertainty, conditions)
+    form = [("fill", layer), *_form(samples, seed, steps, uncertainty, conditions)]
     files = _files(observed)
     return Call("POST", "/v1/fill", _generated, form, files, {}, _save_generated)
 
@@ -280,19 +271,25 @@ def start_job(
     samples: int = 1,
     seed: int = 0,
     steps: int = DEFAULT_STEPS,
+    height: int | None = None,
+    width: int | None = None,
+    crs: str | None = None,
+    transform: Sequence[float] | None = None,
     uncertainty: bool = False,
     conditions: Conditions = NOTHING,
 ) -> Call[JobInfo]:
     """Have files of any size generated from, or one of them filled; answers at once.
 
-    Sent twice, it is two jobs; so it is not repeated where the endpoint may have got it.
+    `fill` names the layer that is filled, on its own grid; without it, the arguments are those of
+    `generate`. Sent twice, it is two jobs: it is not repeated where the endpoint may have got it.
     """
-    form = _scene_form(fill, samples, seed, steps, uncertainty, conditions)
+    form = [("fill", fill), *_form(samples, seed, steps, uncertainty, conditions)]
+    grid = _grid_form(height, width, crs, transform)
     return Call(
         "POST",
         _JOBS,
         _record(JobInfo),
-        [*form, *(("target", target) for target in targets)],
+        [*form, *grid, *(("target", target) for target in targets)],
         _files(observed),
         repeat=Repeat.IF_REFUSED,
     )
@@ -302,16 +299,10 @@ def _files(observed: Mapping[str, OneOrMore[F]]) -> list[tuple[str, F]]:
     return [(name, file) for name, files in each(observed).items() for file in files]
 
 
-def _scene_form(
-    fill: str | None,
-    samples: int,
-    seed: int,
-    steps: int,
-    uncertainty: bool,
-    conditions: Conditions,
+def _form(
+    samples: int, seed: int, steps: int, uncertainty: bool, conditions: Conditions
 ) -> list[tuple[str, object]]:
     fields = {
-        "fill": fill,
         "samples": samples,
         "seed": seed,
         "steps": steps,
@@ -319,6 +310,13 @@ def _scene_form(
         **conditions.texts(),
     }
     return list(fields.items())
+
+
+def _grid_form(
+    height: int | None, width: int | None, crs: str | None, transform: Sequence[float] | None
+) -> list[tuple[str, object]]:
+    coefficients = None if transform is None else ",".join(map(repr, transform))
+    return [("height", height), ("width", width), ("crs", crs), ("transform", coefficients)]
 
 
 def job(job_id: str) -> Call[JobInfo]:

@@ -336,6 +336,16 @@ def test_the_client_fills_and_keeps_jobs(tmp_path):
             client.job(job.id)
         with pytest.raises(RequestError, match="no such job"):
             client.save_result(job.id, tmp_path / "out")
+        # On a declared grid: the same place at twice the distance, 24 x 17 pixels of it.
+        asked = {"samples": 1, "steps": 1}
+        header = raster.read_header(dem)
+        a, b, c, d, e, f = header.grid.transform
+        coarse = {"transform": (2 * a, b, c, d, 2 * e, f), "crs": header.grid.crs}
+        job = client.start_job({"dem": dem}, ["sar"], height=24, width=17, **coarse, **asked)
+        while client.job(job.id).state is not JobState.DONE:
+            time.sleep(0.2)
+        there = raster.read_header(client.save_result(job.id, tmp_path / "out")).grid
+        assert (there.shape, there.transform) == ((24, 17), coarse["transform"])
         asked = {"samples": 2, "steps": 1, "uncertainty": True}
         made = client.generate({"dem": dem}, ["sar"], **asked)
 
