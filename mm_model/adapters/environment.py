@@ -132,6 +132,16 @@ def service_environment() -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in wanted.items()}
 
 
+def replica_environment() -> dict[str, str]:
+    """Those of `service_environment`, and how many compiled kernels a replica keeps.
+
+    torch compiles its kernels for each size of image and batch, and keeps the last 1,024 in two
+    places: 250 MB once thirty sizes have been asked for. 256 hold all batches of one size.
+    """
+    kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+    return service_environment() | {k: os.environ.get(k, value) for k, value in kept.items()}
+
+
 def enter() -> None:
     """Set the variables of `service_environment` in this process; call before importing vendors."""
     os.environ.update(service_environment())

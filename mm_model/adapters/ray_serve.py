@@ -210,7 +210,7 @@ def application(config: ServeConfig, model: str) -> serve.Application:
         **_scale(config),
         ray_actor_options={
             "num_cpus": _REPLICA_CPUS,
-            "runtime_env": {"env_vars": environment.service_environment()},
+            "runtime_env": {"env_vars": environment.replica_environment()},
         },
         # The application itself bounds its queue, and answers with a problem; this is the second
         # line, for what the proxy holds.
