@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import datetime
 import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -17,8 +19,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-from mm_model.adapters import dvc, services
+from mm_model.adapters import dvc, environment, services
+from mm_model.cli.doctor import _answers
 from mm_model.errors import ServiceError
 
 CONFIG = Path(__file__).resolve().parents[3] / "infra/local/supervisord.conf"
@@ -72,8 +79,26 @@ def test_what_a_service_needs_is_started_with_it() -> None:
         services._with_needs(["grafana"])
 
 
-def test_the_endpoint_is_asked_below_its_route_prefix(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """PEM files of a certificate and its key, for 127.0.0.1."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    secret = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(
+        name, name, secret.public_key(), x509.random_serial_number(),
+        now - datetime.timedelta(days=1), now + datetime.timedelta(days=1),
+    ).sign(secret, hashes.SHA256())  # fmt: skip
+    pem = serialization.Encoding.PEM
+    certificate.write_bytes(made.public_bytes(pem))
+    plain = serialization.NoEncryption()
+    key.write_bytes(secret.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return certificate, key
+
+
+@pytest.mark.parametrize("has_certificate", [False, True])
+def test_the_endpoint_is_asked_below_its_route_prefix_and_by_tls_if_it_has_a_certificate(
+    has_certificate: bool, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Alive(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -86,12 +111,21 @@ def test_the_endpoint_is_asked_below_its_route_prefix(
     params = (CONFIG.parents[2] / "params.yaml").read_text()
     (endpoint,) = (s for s in services.SERVICES if s.name == "endpoint")
     with HTTPServer(("127.0.0.1", 0), Alive) as server:
+        if has_certificate:
+            certificate, key = self_signed(project)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            monkeypatch.setenv("MM_ENDPOINT_TLS_CERT", str(certificate))
+            monkeypatch.setenv("MM_ENDPOINT_TLS_KEY", str(key))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("MM_ENDPOINT_PORT", str(server.server_port))
         for prefix, answers in (("/earth", True), ("/", False)):
             changed = re.sub("route_prefix: .*", f"route_prefix: {prefix}", params)
             (project / "params.yaml").write_text(changed)
             assert endpoint.answers() is answers
+            base = environment.endpoint_url() + prefix.rstrip("/")
+            assert (_answers("endpoint", base, "/healthz").found == base) is answers
         server.shutdown()
 
 
