@@ -71,7 +71,7 @@ bench-model: setup ## ours beside what people would use instead; MINUTES=8 of CP
 bench-serve: setup ## the endpoint under load, for OVERLOAD_S=300 at ten times what it can answer
 	@$(BIN)/python -m benchmarks.serve --overload-s $(OVERLOAD_S) --callers-s $(CALLERS_S)
 
-pretrained: setup ## train the bundle in the box again (an hour and a half on two cores)
+pretrained: setup ## go on training the bundle in the box (an hour and a half on two cores)
 	@cd examples/pretrained
 	dvc repro
 	python -m mm_model.cli.box
