@@ -328,10 +328,13 @@ class _Endpoint:
         watch: Watch,
         fields: Mapping[str, str],
     ) -> Response:
-        made, provenance = await while_present(
-            request, answer_scene(parts, fields, lane, self._decoders, watch.tell)
+        zipped = _wanted(request, TIFF, ZIP) == ZIP
+        made = await while_present(
+            request, answer_scene(parts, fields, lane, self._decoders, watch, zipped=zipped)
         )
-        return _response(made, provenance)
+        for name in made.provenance.targets:
+            self._metrics.pixels.labels(name).inc(made.pixels)
+        return _response(made.answer, made.provenance)
 
     async def _embed(
         self, request: Request, parts: list[Part], lane: Lane, watch: Watch
@@ -359,7 +362,7 @@ class _Endpoint:
     ) -> _A:
         """A form's layers, decoded and aligned."""
         with watch.stage("decode"):
-            prepared = await asyncio.to_thread(prepare, parts, served, self._decoders)
+            prepared = await self._decoders.run(prepare, parts, served, self._decoders)
             await asyncio.to_thread(self._metrics.see_input, served.generator, prepared.observed)
         height, width = prepared.grid.shape
         watch.note(height_px=height, width_px=width, observed=len(prepared.observed))

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -119,6 +120,8 @@ class Batcher:
         self._worker: asyncio.Task[None] | None = None
         self._coming = 0
         self._came = asyncio.Event()
+        # Its own: it waits for no upload, and what torch keeps for each thread is kept once.
+        self._thread = ThreadPoolExecutor(1, "batch")
 
     @contextmanager
     def coming(self) -> Iterator[None]:
@@ -171,7 +174,9 @@ class Batcher:
             for item in batch:
                 item.took("queue", item.since, began)
             try:
-                results = await asyncio.to_thread(_answer, batch)
+                results = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, _answer, batch
+                )
             except Exception as error:  # whatever it is, it is the callers' to know
                 for item in batch:
                     if not item.answer.done():

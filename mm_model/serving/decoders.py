@@ -7,7 +7,9 @@ schema, and pixels are raw numbers of the shape that the checked header promised
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextvars
 import json
 import math
 import os
@@ -16,11 +18,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Protocol, Self
+from typing import IO, Annotated, Any, Protocol, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -51,6 +54,7 @@ _START_S = 60.0
 _SESSIONS = 500  # of one process: memory that leaks, and whoever has got in, go with it
 _LINE_BYTES = 8 * 2**20  # 65535 bands, which TIFF allows, need 4
 _BESIDE_FILES_BYTES = 768 * 2**20  # one block of 4096 x 4096 pixels and three bands in float64
+T = TypeVar("T")
 _HERE = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "GDAL_DATA", "PROJ_DATA", "PROJ_LIB")
 
 
@@ -365,7 +369,19 @@ class DecoderPool:
         self._lock = threading.Lock()
         self._workers, self._living = workers, set[_Worker]()
         self.replaced = 0
+        self._threads = ThreadPoolExecutor(workers, "decode")
         atexit.register(self.close)
+
+    async def run(self, work: Callable[..., T], *args: object) -> T:
+        """`work(*args)`, which takes a decoder, in one of as many threads as there are decoders.
+
+        Who waits for a decoder holds up nobody else: the event loop's own threads write answers,
+        and say whether the replica is alive.
+        """
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(context.run, work, *args)
+        )
 
     def start(self) -> None:
         """Start what is not there yet; does not wait until they are warm."""

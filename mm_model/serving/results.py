@@ -16,19 +16,23 @@ from mm_model.serving.answers import ZIP_DATE, encode_record
 ZIP_NAME = "generated.zip"
 
 
-def pack(paths: Sequence[Path], targets: Sequence[Modality]) -> tuple[Path, str, Provenance]:
+def pack(
+    paths: Sequence[Path], targets: Sequence[Modality], *, zipped: bool | None = None
+) -> tuple[Path, str, Provenance]:
     """A lone GeoTIFF as it is, several in a zip beside them with a `manifest.json`.
 
     Args:
         paths: of the GeoTIFFs, in one folder; their names begin as `write_scene` has them begin.
         targets: what they are of.
+        zipped: whether a lone one is zipped, too; None: if it has a sidecar, which goes with it.
 
     Returns:
         The file, its media type, and how it was made.
     """
     header = raster.read_header(paths[0])
     provenance = Provenance.from_tags(header.tags)
-    if len(paths) == 1:
+    beside = [side for path in paths if (side := path.with_name(path.name + SIDECAR)).is_file()]
+    if len(paths) == 1 and not (bool(beside) if zipped is None else zipped):
         return paths[0], TIFF, provenance
     files = []
     for path in paths:
@@ -49,8 +53,7 @@ def pack(paths: Sequence[Path], targets: Sequence[Modality]) -> tuple[Path, str,
     # Stored: the GeoTIFFs are compressed already.
     with needs_room(ZIP_NAME), zipfile.ZipFile(packed, "w") as archive:
         archive.writestr(zipfile.ZipInfo(MANIFEST, ZIP_DATE), encode_record(manifest))
-        beside = [path.with_name(path.name + SIDECAR) for path in paths]
-        for path in [*paths, *filter(Path.is_file, beside)]:
+        for path in [*paths, *beside]:
             entry = zipfile.ZipInfo(path.name, ZIP_DATE)
             with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as into:
                 shutil.copyfileobj(source, into, 2**20)

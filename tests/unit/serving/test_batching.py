@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -110,3 +112,21 @@ def test_who_leaves_takes_no_part():
         return await other
 
     assert run(leaving) == ("stays", [1])
+
+
+def test_batches_wait_for_no_thread_of_others_and_all_run_in_one():
+    def where(requests, check):
+        return [threading.get_ident() for _ in requests]
+
+    async def busy(batcher):
+        loop, free = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        other = loop.run_in_executor(None, free.wait)
+        try:
+            return [await batcher.submit(where, Request(name)) for name in "abc"]
+        finally:
+            free.set()
+            await other
+
+    threads, _ = run(busy)
+    assert len(set(threads)) == 1

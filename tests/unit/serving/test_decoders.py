@@ -1,11 +1,13 @@
 """Decoders: what they may do, what becomes of them, and what is believed of what they say."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -152,6 +154,37 @@ def test_one_that_dies_between_requests_is_nobodys_fault(pool):
     time.sleep(0.2)
     for _ in range(3):
         assert decode(pool, encode("uint8")).values.shape == (2, 17, 29)
+
+
+def test_who_waits_for_a_decoder_holds_up_nobody_else():
+    """Ray gives a replica few threads; with one alone, here, it must stay free."""
+    pool, content, held = DecoderPool(MEMORY, workers=1), geotiff("sar"), threading.Event()
+
+    def hold():
+        with pool.decoder():
+            held.wait()
+
+    def read():
+        with pool.decoder() as decoder:
+            return decoder.header(content, "it")
+
+    async def go():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        waiting = [asyncio.create_task(pool.run(work)) for work in (hold, read, read)]
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(60):
+                assert await asyncio.to_thread(lambda: "alive") == "alive"
+            assert not any(task.done() for task in waiting)
+        finally:
+            held.set()
+        return await asyncio.gather(*waiting)
+
+    try:
+        _, one, other = asyncio.run(go())
+    finally:
+        pool.close()
+    assert one.grid == other.grid == GRID
 
 
 def test_many_callers_share_few_decoders(pool):

@@ -147,6 +147,23 @@ def test_figures_of_a_request(source):
     assert value(found, "mm_model_info", model="mm-test", run_id="f00d", version="3") == 1
 
 
+def test_figures_of_what_is_written_as_scenes_are(source):
+    app = build_app(source, serve_config())
+    height, width = GRID.shape
+    ask(
+        app,
+        form({"sar": geotiff("sar")}, path="/v1/fill", fill="sar", samples=2, steps=1),
+        form({"sar": geotiff("sar")}, target="dem", samples=2, steps=1, uncertainty="true"),
+    )
+    found = counted(app)
+    for operation, target in (("fill", "sar"), ("generate", "dem")):
+        for stage in ("read", "decode", "queue", "sample"):
+            labels = {"operation": operation, "stage": stage, "version": "3"}
+            assert value(found, "mm_stage_seconds_count", **labels) == 1, labels
+        generated = value(found, "mm_generated_pixels_total", modality=target)
+        assert generated == 2 * height * width
+
+
 def test_refusals_are_counted_by_reason(source):
     _, line = new_key("team", frozenset({KeyScope.METRICS}))
     app = build_app(source, serve_config())

@@ -11,7 +11,7 @@ import rasterio
 from serving_fixtures import ask, form, geotiff, make_source, serve_config
 
 from mm_model.api import MANIFEST
-from mm_model.calls import generate
+from mm_model.calls import fill, generate
 from mm_model.data import raster
 from mm_model.data.sidecar import sidecar
 from mm_model.modalities import MODALITIES
@@ -95,6 +95,26 @@ def test_a_client_saves_what_lies_beside(app, tmp_path):
     saved = call.read(answer.headers, io.BytesIO(answer.content))
     assert [path.name for path in saved.paths] == ["map.tif"]
     assert class_names(saved.paths[0]) == EXPECTED
+
+
+def test_a_filled_map_has_the_names_and_colours_of_its_classes(app, tmp_path):
+    # Two bands, so that the file itself has no place for colours.
+    land = geotiff("map")
+    fields = {"fill": "map", "steps": 1}
+    (plain,) = ask(app, form({"map": land}, path="/v1/fill", **fields))
+    assert plain.headers["content-type"] == "image/tiff"
+    call = fill("map", {}, steps=1).into(tmp_path)
+    headers = dict(call.headers)
+    (answer,) = ask(app, form({"map": land}, headers, path="/v1/fill", **fields))
+    saved = call.read(answer.headers, io.BytesIO(answer.content))
+    assert [path.name for path in saved.paths] == ["map.tif"]
+    assert saved.paths[0].read_bytes() == plain.content
+    assert class_names(saved.paths[0]) == EXPECTED
+    with rasterio.open(saved.paths[0]) as filled:
+        assert filled.count == 2
+        shown = filled.colormap(1)
+        assert {code: shown[code] for code in EXPECTED} == LAND.color_table
+        assert filled.colorinterp[0] is rasterio.enums.ColorInterp.palette
 
 
 def test_whole_scenes_have_it_too(tmp_path):
