@@ -265,6 +265,24 @@ def picture(page, swipe: str) -> np.ndarray:
     return found[80:-60, 100:-100]
 
 
+def test_zooming_without_end_ends_where_there_is_something_to_see(browser, address):
+    with opened(browser, address) as page:
+        drop(page, named("sar.tif", geotiff("sar")))
+        expect(page.locator("#status")).to_have_text(re.compile("^1 observed"))
+        ground = page.locator("#ground")
+        for key, turn in (("+", -1e6), ("-", 1e6)):
+            for presses in (100, 0):
+                ground.press("0")
+                whole = ground.screenshot()
+                for _ in range(presses):
+                    ground.press(key)
+                if not presses:
+                    ground.dispatch_event("wheel", {"deltaY": turn})
+                ends = ground.screenshot()
+                ground.press(key)
+                assert ground.screenshot() == ends != whole
+
+
 def test_on_a_phone_and_with_keys_alone_a_place_is_made_from_nothing(browser, address):
     with opened(browser, address, PHONE, has_touch=True, is_mobile=True) as page:
         for wanted in ("a", "#files", "#width", "#height", "#targets input"):

@@ -1,6 +1,8 @@
 // Two layers in their place on one canvas, with a line between them that swipes.
 
 const MARGIN_PX = 24;
+const MOST_PX = 64; // of the screen, that a pixel of the grid is zoomed to
+const LEAST = 1 / 8; // of the size at which all of the grid is seen
 
 /**
  * A grid as the endpoint tells it: `transform` a,b,c,d,e,f gives x = a*col + b*row + c and
@@ -11,6 +13,7 @@ export class MapView {
   constructor(canvas, swipe, onpoint) {
     Object.assign(this, { canvas, swipe, onpoint, grid: null, left: null, right: null });
     [this.x, this.y, this.scale] = [0, 0, 1]; // the middle, and screen pixels a unit along x
+    this.scales = [1, 1]; // the least and the most
     this.pointers = new Map();
     new ResizeObserver(() => this.draw()).observe(canvas);
     swipe.addEventListener("input", () => this.draw());
@@ -41,13 +44,16 @@ export class MapView {
       (this.canvas.clientWidth - 2 * MARGIN_PX) / (right - left),
       (this.canvas.clientHeight - 2 * MARGIN_PX) / (high - low) / this.tall,
     );
+    const [a, , , d] = transformOf(this.grid);
+    this.scales = [LEAST * this.scale, Math.max(this.scale, MOST_PX / Math.hypot(a, d))];
     this.draw();
   }
 
-  /** Zoom about a point of the canvas, its middle by default. */
+  /** Zoom about a point of the canvas, its middle by default, as far as there is something to see. */
   zoom(factor, px = this.canvas.clientWidth / 2, py = this.canvas.clientHeight / 2) {
     const [x, y] = this.#world(px, py);
-    this.scale *= factor;
+    const [least, most] = this.scales;
+    this.scale = Math.min(most, Math.max(least, this.scale * factor));
     this.x = x - (px - this.canvas.clientWidth / 2) / this.scale;
     this.y = y + (py - this.canvas.clientHeight / 2) / this.scale / this.tall;
     this.draw();
@@ -116,12 +122,12 @@ export class MapView {
       context.lineTo(x2, y2);
       context.stroke();
     };
-    for (let x = Math.ceil(left / step) * step; x <= right; x += step) {
+    for (const x of multiples(step, left, right)) {
       const px = Math.round(width / 2 + (x - this.x) * this.scale) + 0.5;
       line(px, 0, px, height);
       label(tick(x, step), px + 4, height - 6);
     }
-    for (let y = Math.ceil(low / down) * down; y <= top; y += down) {
+    for (const y of multiples(down, low, top)) {
       const py = Math.round(height / 2 - (y - this.y) * this.scale * this.tall) + 0.5;
       line(0, py, width, py);
       if (py > 90 && py < height - 40) label(tick(this.grid.crs ? y : -y, down), 6, py - 3);
@@ -255,6 +261,12 @@ function metresBetween([lon1, lat1], [lon2, lat2]) {
 function niceStep(least) {
   const power = 10 ** Math.floor(Math.log10(least));
   return power * [1, 2, 5, 10].find((k) => k * power >= least);
+}
+
+/** Multiples of a step from `low` to `high`; counted, as a step too small for a double adds nothing. */
+function multiples(step, low, high) {
+  const first = Math.ceil(low / step), count = Math.floor(high / step) - first + 1;
+  return Array.from({ length: Math.max(0, count) }, (_, k) => (first + k) * step);
 }
 
 function tick(value, step) {
