@@ -24,6 +24,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from mm_model.adapters import environment, traces
 from mm_model.adapters.challenger import ChallengerFollower, Followed
@@ -34,7 +35,7 @@ from mm_model.config import ServeConfig, load_params, parse
 from mm_model.data.files import prune
 from mm_model.errors import GateError, MMError, ServiceError
 from mm_model.geo.grid import Grid
-from mm_model.serving.access import check_exposure, configured_keys, parse_keys
+from mm_model.serving.access import check_exposure, check_kept, configured_keys, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
 from mm_model.serving.jobs.routes import JobsPlace
@@ -53,6 +54,7 @@ _GATHER_S = 5.0
 _WATCH_S = 5.0
 _ANSWER_S = 20.0  # that Serve may take to say what runs
 _COMPARE_POLLS = 12  # of the alias, between two looks at champion and challenger
+_NO_KEYS = hashlib.sha256(b"").hexdigest()  # as a record says it
 _LOG = logging.getLogger("mm_model.endpoint")
 
 
@@ -253,6 +255,7 @@ def deploy(config: ServeConfig, model: str) -> None:
     """Deploy a model's application on the running Ray; does nothing if it runs unchanged.
 
     Raises:
+        ConfigError: it would answer others, or who had to have a key, without one.
         ServiceError: Ray does not answer, or the application does not start.
     """
     with _connected():
@@ -270,6 +273,7 @@ def serve_forever(config: ServeConfig, model: str) -> None:
     """Deploy this application and those deployed before, and stay until SIGINT or SIGTERM.
 
     Raises:
+        ConfigError: as for `deploy`.
         ServiceError: Ray does not answer, or went away.
     """
     # Children of a shell that is not interactive ignore SIGINT; either signal ends this in order.
@@ -300,24 +304,24 @@ def serve_forever(config: ServeConfig, model: str) -> None:
 
 
 def _deploy(config: ServeConfig, model: str) -> None:
-    keys = hashlib.sha256(configured_keys(os.environ).encode()).hexdigest()
-    record = {"code": _code_digest(), "serve": config.model_dump(mode="json"), "keys": keys}
+    text = configured_keys(os.environ)
+    keys, digest = parse_keys(text, "API keys"), hashlib.sha256(text.encode()).hexdigest()
+    check_kept(_locked(), keys)
+    wanted = application(config, model)
+    record = {"code": _code_digest(), "serve": config.model_dump(mode="json"), "keys": digest}
     file = _record_file(model)
-    if _statuses().get(model) in ("RUNNING", "DEPLOYING") and _read(file) == record:
-        return
-    options = {
-        "host": environment.endpoint_host(),
-        "port": environment.port("endpoint"),
-        **environment.endpoint_tls(),
-    }
     try:
-        serve.start(http_options=options)
+        check_exposure(
+            _listening(), keys, "set the keys as where Serve was started, or `mm down` first"
+        )
+        if _statuses().get(model) in ("RUNNING", "DEPLOYING") and _read(file) == record:
+            return
         for former, former_config in _recorded().items():
             # A model that was renamed: Serve would refuse a second application on its route.
             if former != model and former_config.route_prefix == config.route_prefix:
                 serve.delete(former)
                 _record_file(former).unlink(missing_ok=True)
-        serve.run(application(config, model), name=model, route_prefix=config.route_prefix)
+        serve.run(wanted, name=model, route_prefix=config.route_prefix)
     except (RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise ServiceError(
             f"the endpoint of {model} does not start",
@@ -326,6 +330,17 @@ def _deploy(config: ServeConfig, model: str) -> None:
         ) from error
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _listening() -> str:
+    """The host that Serve listens on. One that runs keeps its own, whatever is asked of it now."""
+    options = {
+        "host": environment.endpoint_host(),
+        "port": environment.port("endpoint"),
+        **environment.endpoint_tls(),
+    }
+    serve.start(http_options=options)
+    return str(_get_global_client().http_config.host)  # public only through its dashboard
 
 
 @contextmanager
@@ -404,6 +419,12 @@ def _recorded() -> dict[str, ServeConfig]:
         except MMError as error:
             raise ServiceError(f"{file} cannot be read", got=error, remedy="remove it") from error
     return found
+
+
+def _locked() -> list[Path]:
+    """Records of what was deployed with API keys."""
+    files = sorted(_record_file("").parent.glob("*.json"))
+    return [file for file in files if (_read(file) or {}).get("keys", _NO_KEYS) != _NO_KEYS]
 
 
 def _record_file(model: str) -> Path:

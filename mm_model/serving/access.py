@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -150,12 +150,16 @@ def configured_keys(environment: Mapping[str, str]) -> str:
             raise ConfigError(f"{where} cannot be read", got=error, allowed="API keys") from error
         if not parse_keys(text, where):
             raise ConfigError(f"{where} holds no API key", remedy="make one with `mm key new`")
-    parse_keys(text, where)
-    return text
+    return text if parse_keys(text, where) else ""
 
 
-def check_exposure(host: str, keys: Keys) -> None:
+def check_exposure(host: str, keys: Keys, remedy: str = "make a key with `mm key new`") -> None:
     """Refuse to listen where others can ask without a key.
+
+    Args:
+        host: the address that is listened on.
+        keys: who may ask.
+        remedy: what the error tells to do.
 
     Raises:
         ConfigError: the address is not this machine's own, and there is no key.
@@ -171,7 +175,27 @@ def check_exposure(host: str, keys: Keys) -> None:
             "the endpoint listens to others and has no API key",
             got=host,
             allowed=f"127.0.0.1, or keys in {KEYS_FILE} or {KEYS}",
-            remedy="make a key with `mm key new`",
+            remedy=remedy,
+        )
+
+
+def check_kept(locked: Sequence[Path], keys: Keys) -> None:
+    """Refuse to open without a word what asked for keys.
+
+    Args:
+        locked: records of what was deployed here with keys.
+        keys: those to be deployed now.
+
+    Raises:
+        ConfigError: there were keys, and are none now.
+    """
+    if locked and not keys:
+        files = ", ".join(map(str, locked))
+        raise ConfigError(
+            "the endpoint was deployed with API keys, and would answer anybody now",
+            got=f"no key, and {files}",
+            allowed=f"keys in {KEYS_FILE} or {KEYS}",
+            remedy="set it as where it was deployed; to open it, `mm down` and remove the records",
         )
 
 

@@ -23,7 +23,8 @@ from mm_model.api import ModelIdentity
 from mm_model.bundle import save_bundle
 from mm_model.client import Client
 from mm_model.data.raster import read_raster
-from mm_model.errors import MMError
+from mm_model.errors import ConfigError, MMError
+from mm_model.serving.access import KeyScope, new_key
 
 sys.path.append(str(Path(__file__).parents[1] / "unit/serving"))
 from serving_fixtures import geotiff, make_bundle, serve_config
@@ -208,6 +209,39 @@ def test_clients_lose_no_request_when_a_replica_is_killed(project):
         first, *others = (read_raster(file).values for n, file in set(answers) if n == seed)
         for other in others:
             np.testing.assert_allclose(other, first, atol=1e-2, rtol=0)
+
+
+def test_what_asked_for_keys_is_not_deployed_again_without_them(project, monkeypatch, tmp_path):
+    """The last one here: it starts Serve anew, on every address of this machine."""
+    from ray import serve
+
+    from mm_model.adapters.ray_serve import deploy, serve_forever
+
+    serve.shutdown()
+    config = serve_config(replicas=1, route_prefix="/twins", alias_poll_s=5)
+    key, line = new_key("somebody", frozenset({KeyScope.GENERATE}))
+    with monkeypatch.context() as shell:
+        shell.setenv("MM_ENDPOINT_HOST", "0.0.0.0")
+        with pytest.raises(ConfigError, match="mm key new"):
+            deploy(config, MODEL)
+        shell.setenv("MM_API_KEYS", line)
+        deploy(config, MODEL)
+    before = replica_pids()
+    # Another shell, without these variables. Serve would go on listening to all.
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for again, model in ((deploy, MODEL), (deploy, "renamed"), (serve_forever, "renamed")):
+        with pytest.raises(ConfigError, match=rf"(?s){MODEL}\.json.*MM_API_KEYS"):
+            again(config, model)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    # Another project, whose records know of no key.
+    monkeypatch.setenv("MM_PROJECT", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0.*mm down"):
+        deploy(config, "other")
+    assert replica_pids() == before
+    assert httpx.get(f"{url()}/v1/model").status_code == 401
+    told = httpx.get(f"{url()}/v1/model", headers={"Authorization": f"Bearer {key}"})
+    assert told.status_code == 200
 
 
 def wait_until(is_so, seconds: float = 180) -> None:

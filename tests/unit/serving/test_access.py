@@ -18,6 +18,7 @@ from mm_model.serving.access import (
     AUDIT,
     KeyScope,
     check_exposure,
+    check_kept,
     configured_keys,
     new_key,
     parse_keys,
@@ -204,6 +205,7 @@ def test_keys_come_from_the_environment_or_a_file(tmp_path):
     both = {"MM_API_KEYS": f"{GENERATE_LINE};{METRICS_LINE}"}
     assert parse_keys(configured_keys(both), "") == KEYS
     assert len(parse_keys(configured_keys({"MM_API_KEYS_FILE": str(file)}), "")) == 1
+    assert configured_keys({}) == configured_keys({"MM_API_KEYS": "# none"}) == ""
     file.write_text("# none\n")
     for wrong in (
         {"MM_API_KEYS_FILE": str(file)},
@@ -224,6 +226,15 @@ def test_elsewhere_a_key_is_needed(host):
     check_exposure(host, KEYS)
     with pytest.raises(ConfigError, match="mm key new"):
         check_exposure(host, {})
+
+
+def test_what_had_keys_is_not_opened_by_a_shell_that_names_none(tmp_path):
+    records = [tmp_path / "one.json", tmp_path / "two.json"]
+    for locked in ([], records):
+        check_kept(locked, KEYS)
+    check_kept([], {})
+    with pytest.raises(ConfigError, match=r"one\.json.*two\.json.*MM_API_KEYS_FILE.*mm down"):
+        check_kept(records, {})
 
 
 def test_mm_key_new_writes_what_the_endpoint_reads(tmp_path):
