@@ -70,7 +70,9 @@ class KeyScope(StrEnum):
     METRICS = "metrics"
 
 
+_JOBS = "/v1/jobs"
 _NEEDED: Mapping[str, KeyScope] = {
+    _JOBS: KeyScope.GENERATE,
     "/v1/generate": KeyScope.GENERATE,
     "/v1/align": KeyScope.GENERATE,
     "/v1/fill": KeyScope.GENERATE,
@@ -78,9 +80,8 @@ _NEEDED: Mapping[str, KeyScope] = {
     "/metrics": KeyScope.METRICS,
 }
 _WORK = frozenset({KeyScope.GENERATE, KeyScope.EMBED})
-_JOBS = "/v1/jobs"
 _KNOWN = {
-    *(_JOBS, _JOBS + "/{job_id}", _JOBS + "/{job_id}/result"),
+    *(_JOBS + "/{job_id}", _JOBS + "/{job_id}/result"),
     *_OPEN,
     *_NEEDED,
     *("/v1/model", "/v1/modalities", "/docs", "/openapi.json", _PROGRESS),
@@ -289,7 +290,7 @@ class Guard:
                 allowed="the header Authorization: Bearer <key>",
                 remedy="ask who runs the endpoint for a key",
             )
-        is_job = path == _JOBS or path.startswith(_JOBS + "/")
+        is_job = path.startswith(_JOBS + "/")
         needed = KeyScope.GENERATE if is_job else _NEEDED.get(path)
         if needed is not None and needed not in key.scopes:
             raise ForbiddenError(

@@ -18,8 +18,17 @@ _MAX_PARTS = 64
 
 
 @asynccontextmanager
-async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
+async def limited_form(
+    request: Request,
+    max_bytes: int,
+    remedy: str = "send it in tiles, or to POST /v1/jobs, which takes more",
+) -> AsyncIterator[FormData]:
     """A request's form; files of more than 1 MB lie in the folder for temporary files.
+
+    Args:
+        request: whose body has not been read.
+        max_bytes: how long that may be.
+        remedy: what is told to do with a longer one.
 
     Raises:
         MediaTypeError: the body is no form.
@@ -36,8 +45,8 @@ async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormDa
         )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(declared, max_bytes)
-    limited = _LimitedReceive(request, max_bytes)
+        raise _too_large(declared, max_bytes, remedy)
+    limited = _LimitedReceive(request, max_bytes, remedy)
     with needs_room("what was sent"):
         async with Request(request.scope, limited).form(
             max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=_MAX_FIELD_BYTES
@@ -48,20 +57,18 @@ async def limited_form(request: Request, max_bytes: int) -> AsyncIterator[FormDa
 class _LimitedReceive:
     """ASGI's receive, which stops at the first byte over a limit."""
 
-    def __init__(self, request: Request, max_bytes: int) -> None:
+    def __init__(self, request: Request, max_bytes: int, remedy: str) -> None:
         self._receive = request.receive
-        self._max_bytes = max_bytes
+        self._max_bytes, self._remedy = max_bytes, remedy
         self._got = 0
 
     async def __call__(self) -> MutableMapping[str, Any]:
         message = await self._receive()
         self._got += len(message.get("body", b""))
         if self._got > self._max_bytes:
-            raise _too_large(f"more than {self._max_bytes}", self._max_bytes)
+            raise _too_large(f"more than {self._max_bytes}", self._max_bytes, self._remedy)
         return message
 
 
-def _too_large(got: str, max_bytes: int) -> TooLargeError:
-    return TooLargeError(
-        "body in bytes", got=got, allowed=f"at most {max_bytes}", remedy="send it in tiles"
-    )
+def _too_large(got: str, max_bytes: int, remedy: str) -> TooLargeError:
+    return TooLargeError("body in bytes", got=got, allowed=f"at most {max_bytes}", remedy=remedy)

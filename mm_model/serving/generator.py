@@ -161,7 +161,8 @@ class Generator:
                 f"{what}: height x width in pixels",
                 got=f"{grid.height} x {grid.width}",
                 allowed=f"at most {self.max_side_px} a side",
-                remedy="send it in tiles, or take mm generate, which takes any size",
+                remedy="send it in tiles, or to POST /v1/jobs, which takes longer sides; "
+                "mm generate takes any size",
             )
 
     def check_form(

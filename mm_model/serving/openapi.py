@@ -135,7 +135,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: "A field, a layer or its unit is wrong, or layers do not overlap",
         429: "Too many requests are in progress; try again after Retry-After seconds",
         503: "No model is loaded yet; try again after Retry-After seconds",
-        504: "The answer took longer than the deadline",
+        504: "The answer took longer than the deadline, or the body came too slowly",
         507: "The disk is full",
     }
     schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
@@ -154,9 +154,12 @@ def _responses(found: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
 
 
 def request_body(
-    config: ServeConfig, fields: Mapping[str, str], required: Sequence[str] = ()
+    config: ServeConfig,
+    fields: Mapping[str, str],
+    required: Sequence[str] = (),
+    max_side_px: int | None = None,
 ) -> dict[str, Any]:
-    """The form: a file for each declared modality, and the fields."""
+    """The form: a file for each declared modality, and the fields; sides as of other requests."""
     properties: dict[str, Any] = {
         modality.name: {
             "type": "array",
@@ -167,7 +170,7 @@ def request_body(
         }
         for modality in MODALITIES.values()
     }
-    kinds = _kinds(config)
+    kinds = _kinds(config, max_side_px or config.max_side_px)
     for name, meaning in fields.items():
         properties[name] = {**kinds.get(name, {"type": "string"}), "description": meaning}
     schema = {"type": "object", "additionalProperties": False, "properties": properties}
@@ -176,13 +179,13 @@ def request_body(
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
 
-def _kinds(config: ServeConfig) -> dict[str, dict[str, Any]]:
+def _kinds(config: ServeConfig, max_side_px: int) -> dict[str, dict[str, Any]]:
     """Schemas of the fields that are more than any text."""
 
     def whole(least: int, most: int, **more: int) -> dict[str, Any]:
         return {"type": "integer", "minimum": least, "maximum": most, **more}
 
-    side = whole(MIN_SIDE_PX, config.max_side_px)
+    side = whole(MIN_SIDE_PX, max_side_px)
     numbers = {
         name: {"type": "number", "minimum": low, "maximum": high}
         for name, (low, high) in RANGES.items()

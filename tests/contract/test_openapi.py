@@ -49,6 +49,14 @@ def published() -> dict:
     return build_app(FixedModel(None), config).openapi()
 
 
+def test_each_form_says_which_sides_it_takes():
+    serve, paths = load_params(ROOT / "params.yaml").serve, published()["paths"]
+    for path, most in (("generate", serve.max_side_px), ("jobs", serve.jobs.max_side_px)):
+        body = paths[f"/v1/{path}"]["post"]["requestBody"]["content"]["multipart/form-data"]
+        fields = body["schema"]["properties"]
+        assert {fields[side]["maximum"] for side in ("width", "height")} == {most}
+
+
 @SCHEMA.parametrize()
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_the_application_keeps_to_the_document(case):

@@ -8,6 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ from mm_model.serving.access import holder_of
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import check_file
 from mm_model.serving.forms import limited_form
+from mm_model.serving.jobs.intake import Intake, expected_bytes, steady
 from mm_model.serving.jobs.store import Job, JobStore
 from mm_model.serving.jobs.worker import UPLOADS, Worker, for_scenes, parse
 from mm_model.serving.overlay import labelled
@@ -66,7 +68,8 @@ class Jobs:
         config: ServeConfig,
         served: Callable[[], Served],
     ) -> None:
-        self._config, self._served = config.jobs, served
+        self._config, self._served, self._intake = config.jobs, served, Intake()
+        self._room = (config.jobs.max_jobs, config.jobs.max_stored_mb * 2**20)
         self._store: JobStore | None = None
         if place is not None:
             place.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ class Jobs:
     def add_routes(self, app: FastAPI, config: ServeConfig) -> None:
         """The paths below /v1/jobs."""
         made: dict[int | str, dict[str, Any]] = {201: {"description": "The job", "model": JobInfo}}
-        refused = openapi.problems(400, 401, 403, 413, 415, 422, 429, 503, 404, 507)
+        refused = openapi.problems(400, 401, 403, 413, 415, 422, 429, 503, 504, 404, 507)
         found = openapi.problems(401, 403, 404, 503)
         app.post(
             "/v1/jobs",
@@ -87,7 +90,11 @@ class Jobs:
             operation_id="create_job",
             response_model=JobInfo,
             responses={**made, **refused},
-            openapi_extra={"requestBody": openapi.request_body(config, JOB_FIELDS)},
+            openapi_extra={
+                "requestBody": openapi.request_body(
+                    config, JOB_FIELDS, max_side_px=config.jobs.max_side_px
+                )
+            },
         )(self.create)
         app.get(
             "/v1/jobs/{job_id}",
@@ -126,48 +133,45 @@ class Jobs:
 
     async def create(self, request: Request) -> Response:
         store, owner, served = self._open(), holder_of(request.scope), self._served()
-        limits = (owner, self._config.max_jobs, self._config.max_stored_mb * 2**20)
-        await asyncio.to_thread(store.check_room, *limits)
+        max_bytes = self._config.max_upload_mb * 2**20
         job_id = uuid.uuid4().hex
-        place, job = self._folder / job_id, None
-        try:
-            async with limited_form(request, self._config.max_upload_mb * 2**20) as form:
-                await asyncio.to_thread(self._keep, form, place, served, limits, job_id)
-            self._worker.start()
-            job = await asyncio.to_thread(store.get, job_id)
-        finally:
-            if job is None:
-                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
-        assert job is not None  # it was added a moment ago
+        expected = expected_bytes(request.headers, max_bytes)
+        with self._intake.place(owner, expected) as ahead:
+            more = (ahead.byte_count + expected, ahead.jobs)
+            await asyncio.to_thread(store.check_room, owner, *self._room, *more)
+            body = Request(request.scope, steady(request.receive))
+            async with limited_form(body, max_bytes, "send it in tiles") as form:
+                job = await asyncio.to_thread(self._keep, form, store, served, owner, job_id)
+        self._worker.start()
         where = f"{request.scope.get('root_path', '')}/v1/jobs/{job_id}"
         return JSONResponse(_info(job).model_dump(mode="json"), 201, {"Location": where})
 
     def _keep(
-        self,
-        form: FormData,
-        place: Path,
-        served: Served,
-        limits: tuple[str, int, int],
-        job_id: str,
-    ) -> None:
-        """Check a form, and put it where a worker finds it."""
+        self, form: FormData, store: JobStore, served: Served, owner: str, job_id: str
+    ) -> Job:
+        """Check a form, and put it where a worker finds it; nothing of it stays if that fails."""
         texts = [(n, v) for n, v in form.multi_items() if isinstance(v, str)]
         sent = [(n, v) for n, v in form.multi_items() if isinstance(v, UploadFile)]
         names = [name for name, _ in sent]
         generator = for_scenes(served.generator, self._config)
         request = parse(texts, names, generator)
         # What a name may be is known now: modalities' names, and no path.
+        place = self._folder / job_id
         folder = place / UPLOADS
-        folder.mkdir(parents=True)
         stored = 0
-        for name, paths in each(request.observed).items():
-            uploads = [upload for sent_as, upload in sent if sent_as == name]
-            for (label, path), upload in zip(labelled(name, paths), uploads, strict=True):
-                stored += _save(upload.file, folder / path.stem)
-                check_file(folder / path.stem, label, generator.modality(name), generator)
-        store = self._open()
-        store.check_room(*limits, stored)
-        store.add(job_id, limits[0], texts, names, stored)
+        with ExitStack() as undo:
+            # Here, and not where a caller may leave: what is queued by then keeps its files.
+            undo.callback(shutil.rmtree, place, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for name, paths in each(request.observed).items():
+                uploads = [upload for sent_as, upload in sent if sent_as == name]
+                for (label, path), upload in zip(labelled(name, paths), uploads, strict=True):
+                    stored += _save(upload.file, folder / path.stem)
+                    check_file(folder / path.stem, label, generator.modality(name), generator)
+            store.check_room(owner, *self._room, stored)
+            job = store.add(job_id, owner, texts, names, stored)
+            undo.pop_all()
+        return job
 
     async def show(self, job_id: str, request: Request) -> JobInfo:
         return _info(await self._get(job_id, request))

@@ -127,24 +127,35 @@ class JobStore:
     def close(self) -> None:
         self._engine.dispose()
 
-    def check_room(self, owner: str, max_jobs: int, max_bytes: int, more_bytes: int = 0) -> None:
-        """Raise OverloadedError if an owner has too many unfinished jobs, or too much stored."""
+    def check_room(
+        self,
+        owner: str,
+        max_jobs: int,
+        max_bytes: int,
+        more_bytes: int = 0,
+        more_jobs: int = 0,
+    ) -> None:
+        """Raise OverloadedError if an owner has too many unfinished jobs, or too much stored.
+
+        Bytes and jobs that are on their way count as if they were here.
+        """
         mine = (_C.model == self._model) & (_C.owner == owner)
         jobs = sa.select(sa.func.count()).where(mine & _C.state.in_(_UNFINISHED))
         stored = sa.select(sa.func.coalesce(sa.func.sum(_C.stored_bytes), 0)).where(mine)
         with self._connected() as connection:
-            count, total = connection.scalar(jobs), connection.scalar(stored)
-        if int(count or 0) >= max_jobs:
+            count = int(connection.scalar(jobs) or 0) + more_jobs
+            total = int(connection.scalar(stored) or 0) + more_bytes
+        if count >= max_jobs:
             raise OverloadedError(
                 "too many jobs are unfinished",
                 got=count,
                 allowed=max_jobs,
                 remedy="wait for one, or cancel it with DELETE",
             )
-        if int(total or 0) + more_bytes > max_bytes:
+        if total > max_bytes:
             raise OverloadedError(
                 "jobs hold too many bytes",
-                got=int(total or 0) + more_bytes,
+                got=total,
                 allowed=max_bytes,
                 remedy="delete jobs whose results you have",
             )
@@ -156,9 +167,10 @@ class JobStore:
         form: Sequence[tuple[str, str]],
         files: Sequence[str],
         stored_bytes: int,
-    ) -> None:
-        """Queue a job."""
+    ) -> Job:
+        """Queue a job; it is as it was queued."""
         values = {
+            **dict.fromkeys(_C.keys()),
             "id": job_id,
             "model": self._model,
             "owner": owner,
@@ -171,6 +183,7 @@ class JobStore:
         }
         with self._connected() as connection:
             connection.execute(_TABLE.insert().values(**values))
+        return _job(values)
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """The job, if there is one; of this owner, if one is named."""
