@@ -188,8 +188,8 @@ class Jobs:
 
     async def delete(self, job_id: str, request: Request) -> Response:
         job = await self._get(job_id, request)
-        await asyncio.to_thread(self._open().delete, job.id)
-        if job.state is not JobState.RUNNING:  # else who works on it cleans up
+        state = await asyncio.to_thread(self._open().delete, job.id)
+        if state is not JobState.RUNNING:  # else who works on it cleans up
             await asyncio.to_thread(shutil.rmtree, self._folder / job.id, ignore_errors=True)
         return Response(status_code=204)
 

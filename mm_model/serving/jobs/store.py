@@ -8,10 +8,12 @@ so.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +103,8 @@ class JobStore:
 
     def __init__(self, url: str, model: str) -> None:
         self._model = model
+        self._turns: dict[str, int] = {}
+        self._count = itertools.count(1)
         try:
             self._engine = sa.create_engine(url, pool_pre_ping=True)
         except (sa.exc.SQLAlchemyError, ImportError) as error:
@@ -195,14 +199,22 @@ class JobStore:
         return None if row is None else _job(row)
 
     def claim(self, keep_s: float) -> Job | None:
-        """Hold the job that waited longest, or whose process fell silent; None if there is none."""
+        """Hold a job that waits, or whose process fell silent; None if there is none.
+
+        Owners take turns: first comes who has fewest jobs that run, then whose job this process
+        began longest ago, or never; of one owner, the job that waited longest.
+        """
         now, holder = time.time(), uuid.uuid4().hex
-        silent = (_C.state == JobState.RUNNING) & (_C.lease_until_s < now)
-        free = (_C.model == self._model) & ((_C.state == JobState.QUEUED) | silent)
+        mine, silent = _C.model == self._model, _C.lease_until_s < now
+        running = mine & (_C.state == JobState.RUNNING)
+        free = (mine & (_C.state == JobState.QUEUED)) | (running & silent)
         with self._connected() as connection:
-            query = sa.select(_C.id, _C.attempt).where(free).order_by(_C.created_s)
+            query = sa.select(_C.id, _C.attempt, _C.owner).where(free).order_by(_C.created_s)
             found = connection.execute(query).all()
-        for job_id, attempt in found:
+            busy = Counter(connection.scalars(sa.select(_C.owner).where(running & ~silent)))
+        # Kept here, not in the rows: who deletes what has ended would come first for ever.
+        found = sorted(found, key=lambda row: (busy[row.owner], self._turns.get(row.owner, 0)))
+        for job_id, attempt, owner in found:
             if attempt >= MAX_ATTEMPTS:
                 self._give_up(job_id, free, keep_s)
                 continue
@@ -215,6 +227,7 @@ class JobStore:
                 **{"done": 0, "work": 0},
             }
             if self._update((_C.id == job_id) & free, values):
+                self._turns[owner] = next(self._count)
                 return self.get(job_id)
         return None
 
@@ -249,10 +262,12 @@ class JobStore:
             values |= {"state": JobState.DONE, "result": json.dumps(outcome)}
         return self._update(_held(job), values)
 
-    def delete(self, job_id: str) -> None:
-        """Forget a job; who works on it notices."""
+    def delete(self, job_id: str) -> JobState | None:
+        """Forget a job; its state until then, None where it was gone. Who works on it notices."""
         with self._connected() as connection:
-            connection.execute(_TABLE.delete().where(_C.id == job_id))
+            gone = _TABLE.delete().where(_C.id == job_id).returning(_C.state)
+            state = connection.scalar(gone)
+        return None if state is None else JobState(state)
 
     def expired(self) -> list[str]:
         """Jobs whose time is over."""

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mm_model.modalities import MODALITIES
 from mm_model.serving.access import KeyScope, new_key, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.jobs import store as job_store
+from mm_model.serving.jobs import worker as job_worker
 from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.jobs.store import JobStore
 from mm_model.serving.jobs.worker import Worker
@@ -269,6 +271,76 @@ def test_there_is_room_for_so_many_jobs_and_bytes_of_each_owner(store):
         store.check_room("one", 2, 150, 51)
     store.check_room("one", 2, 150, 50)
     store.check_room("two", 1, 100)
+
+
+def test_owners_take_turns(store):
+    """However many one has queued before, and although what has ended is deleted."""
+    owners = {uuid.uuid4().hex: owner for owner in ["one"] * 4 + ["two", "three"]}
+    for job_id, owner in owners.items():
+        store.add(job_id, owner, [], [], 0)
+    first, second, third, fourth = (store.claim(60) for _ in range(4))
+    held = [first, second, third, fourth]
+    assert [owners[job.id] for job in held] == ["one", "two", "three", "one"]
+    assert [first.id, fourth.id] == list(owners)[:2]
+    # "two" has none that runs now, and "one" has.
+    assert store.finish(second, {}, 0, 60)
+    assert store.delete(second.id) is JobState.DONE
+    store.add(uuid.uuid4().hex, "two", [], [], 0)
+    fifth = store.claim(60)
+    assert fifth.owner == "two"
+    for job in (first, third, fourth, fifth):
+        assert store.finish(job, {}, 0, 60)
+        assert store.delete(job.id) is JobState.DONE
+    # None has one that runs; "two" was the last whose turn it was.
+    store.add(uuid.uuid4().hex, "two", [], [], 0)
+    assert [store.claim(60).owner for _ in range(3)] == ["one", "two", "one"]
+
+
+def test_who_deletes_a_job_learns_how_it_stood(store):
+    """Told by the database that deletes it: whoever looked before may have seen another state."""
+    ids = [uuid.uuid4().hex for _ in range(2)]
+    for job_id in ids:
+        store.add(job_id, "", [], [], 0)
+    running = store.claim(60)
+    assert store.delete(ids[1]) is JobState.QUEUED
+    assert store.delete(running.id) is JobState.RUNNING
+    assert store.delete(running.id) is None
+
+
+def test_a_job_that_ends_as_it_is_deleted_leaves_nothing(tmp_path, monkeypatch):
+    app, real = endpoint(tmp_path / "jobs"), JobStore.delete
+
+    def delete(store, job_id):
+        while store.get(job_id).state is JobState.RUNNING:
+            time.sleep(0.05)
+        return real(store, job_id)
+
+    monkeypatch.setattr(JobStore, "delete", delete)
+    made = create(app, {}, target="dem", width=250, height=240, steps=4).json()
+    path = f"/v1/jobs/{made['id']}"
+    while get(app, path).json()["state"] == "queued":
+        continue
+    assert get(app, path, "DELETE").status_code == 204
+    assert not (tmp_path / "jobs" / made["id"]).exists()
+
+
+def test_a_worker_sweeps_again_and_gives_way(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(job_worker, "_SWEEP_S", 0.0)
+    monkeypatch.setattr(job_worker, "_OLD_S", -1.0)
+    worker = Worker(store, tmp_path, SOURCE, CONFIG.jobs)
+    worker.start()
+    try:
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            give_up = time.monotonic() + 60
+            while (tmp_path / name).exists():
+                assert time.monotonic() < give_up
+                time.sleep(0.1)
+        (thread,) = (t for t in threading.enumerate() if t is worker._thread)
+        mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) > mine
+    finally:
+        worker.close()
 
 
 def test_what_one_worker_leaves_the_next_one_does(tmp_path, store):
