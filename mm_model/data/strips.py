@@ -21,14 +21,17 @@ from rasterio.windows import Window
 from mm_model.api import SIDECAR
 from mm_model.data import georeference, raster
 from mm_model.data.files import check_room, write_atomically
-from mm_model.errors import RasterError
+from mm_model.errors import GeoreferenceError, RasterError
 from mm_model.geo.grid import Grid
 
 BLOCK_PX = 512  # side of the blocks of what is written
 COPY_BLOCK_PX = 256  # side of the blocks of a copy
 CACHE_MB = 128  # of decoded blocks that GDAL may hold
+MOST_BELOW_PX = 1 << 23  # of a source that are read at once: 200 MB of three bands in float64
 _LATTICE = 33  # points along a strip's side that say which part of a source lies below it
 _KERNEL_PX = 3  # that resampling reaches beyond a pixel, in source pixels and more
+
+_Window = tuple[int, int, int, int]  # first row and column, height, width
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def strips(height: int, rows: int = BLOCK_PX) -> Iterator[tuple[int, int]]:
         yield row, min(rows, height - row)
 
 
-def window_below(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
+def window_below(source: Grid, target: Grid) -> _Window | None:
     """The window (row, column, height, width) of a source that resampling onto a target reads.
 
     None where they do not overlap.
@@ -60,6 +63,48 @@ def window_below(source: Grid, target: Grid) -> tuple[int, int, int, int] | None
     if (low >= high).any():
         return None
     return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])
+
+
+def windows_below(
+    source: Grid, target: Grid, label: str, most_px: int = MOST_BELOW_PX
+) -> Iterator[tuple[_Window, _Window]]:
+    """Windows that a target falls into, each with the source's `window_below` it.
+
+    The target is halved until no more than `most_px` pixels are below a piece: what resampling
+    takes does not grow with a source that is finer than the target. Pieces below which there is
+    nothing are left out. Nothing is read.
+
+    Args:
+        source: grid of the file.
+        target: grid that it is resampled onto.
+        label: what errors call the file.
+        most_px: pixels of the source that may lie below a piece.
+
+    Raises:
+        GeoreferenceError: more lie below a single pixel; no overview would make its exact mean.
+    """
+    pieces = [(0, 0, target.height, target.width)]
+    while pieces:
+        row, col, height, width = piece = pieces.pop()
+        below = window_below(source, target.window(*piece))
+        if below is None:
+            continue
+        if below[2] * below[3] <= most_px:
+            yield piece, below
+        elif height > 1 and height >= width:
+            half = height // 2
+            pieces += [(row + half, col, height - half, width), (row, col, half, width)]
+        elif width > 1:
+            half = width // 2
+            pieces += [(row, col + half, height, width - half), (row, col, height, half)]
+        else:
+            raise GeoreferenceError(
+                f"layer {label}: its pixels that are read for a single pixel of the answer",
+                got=f"{below[2]} x {below[3]}, with those around it",
+                allowed=f"{most_px} in all",
+                remedy="declare a finer grid, or make the file coarser with gdalwarp -tr, "
+                "-r average (of classes -r mode)",
+            )
 
 
 def thumbnail(path: Path, longest_px: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:

@@ -15,7 +15,7 @@ from mm_model.api import OneOrMore, each
 from mm_model.codec import Codec
 from mm_model.data import raster
 from mm_model.data.align import resample
-from mm_model.data.strips import strips, window_below
+from mm_model.data.strips import BLOCK_PX, MOST_BELOW_PX, strips, windows_below
 from mm_model.errors import LayerError
 from mm_model.generative.windows import Frame
 from mm_model.geo.grid import Grid
@@ -103,6 +103,8 @@ class ObservedFiles:
         every = [file for of_it in self._layers.values() for file in of_it]
         for file in every:
             check_overlap(file.label, file.header.grid, self.grid)
+            self._plan(file)
+        for file in every:
             self._survey(file)
         for file in every:
             grid = file.header.grid
@@ -162,17 +164,34 @@ class ObservedFiles:
             begin = down.start - file.place[0], across.start - file.place[1]
             below = slice(down.start - row, down.stop - row)
             return put(_pixels(file, (*begin, *size)), below, across, rows, width)
-        window = window_below(source, strip)
-        if window is None:
-            return _nothing(file.modality, rows, width)
-        values, valid = _pixels(file, window)
-        return resample(values, valid, source.window(*window), strip, file.modality, exact=True)
+        values, valid = _nothing(file.modality, rows, width)
+        for piece, window in windows_below(source, strip, file.label):
+            top, left, height, wide = piece
+            inside = slice(top, top + height), slice(left, left + wide)
+            values[:, *inside], valid[inside] = resample(
+                *_pixels(file, window),
+                source.window(*window),
+                strip.window(*piece),
+                file.modality,
+                exact=True,
+            )
+        return values, valid
+
+    def _plan(self, file: _File) -> None:
+        """Refuse a file that is too fine for the grid by its header, before a pixel is read."""
+        source = file.header.grid
+        if file.place is None and source.height * source.width > MOST_BELOW_PX:
+            for row, rows in strips(self.grid.height):
+                strip = self.grid.window(row, 0, rows, self.grid.width)
+                for _ in windows_below(source, strip, file.label):
+                    continue
 
     def _survey(self, file: _File) -> None:
         """Read a file once from end to end: before hours of work, not in the middle of them."""
         modality, grid = file.modality, file.header.grid
         seen, whole = [], True
-        for row, rows in strips(grid.height):
+        most_rows = max(1, min(BLOCK_PX, MOST_BELOW_PX // grid.width))
+        for row, rows in strips(grid.height, most_rows):
             values, valid = _pixels(file, (row, 0, rows, grid.width))
             whole = whole and bool(valid.all())
             known = values[:, valid]

@@ -14,7 +14,14 @@ from serving_fixtures import GRID, PATCH_PX, PLAUSIBLE, make_generator, make_lay
 
 from mm_model.api import ModelIdentity
 from mm_model.data import raster
-from mm_model.data.strips import CogWriter, strips, thumbnail, window_below
+from mm_model.data.strips import (
+    MOST_BELOW_PX,
+    CogWriter,
+    strips,
+    thumbnail,
+    window_below,
+    windows_below,
+)
 from mm_model.errors import GeoreferenceError, LayerError, RequestError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
@@ -131,6 +138,55 @@ def test_looking_through_a_file_takes_no_more_memory_for_a_taller_one(tmp_path: 
     finally:
         tracemalloc.stop()
     assert peak_bytes < 3 / 4 * grid.height * grid.width * 2 * 4
+
+
+def test_what_is_read_of_a_fine_file_at_once_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = Grid(TALL.crs, (1.0, 0.0, 500_000.0, 0.0, -1.0, 5_000_000.0), 2900, 3100)
+    coarse = Grid(TALL.crs, (64.0, 0.0, 499_900.0, 0.0, -64.0, 5_000_070.0), 45, 52)
+    layer = make_layer("dem", fine)
+    given, sizes = files(tmp_path, {"dem": layer}), []
+    read = raster.read_raster
+
+    def recorded(*args, window, **options):
+        sizes.append(window[2] * window[3])
+        return read(*args, window=window, **options)
+
+    monkeypatch.setattr(raster, "read_raster", recorded)
+    values, valid = ObservedFiles(given, GENERATOR, coarse).read(0, coarse.height)["dem"]
+    assert max(sizes) <= MOST_BELOW_PX < fine.height * fine.width
+    whole, known = raster.warp(layer.values, layer.valid, fine, coarse, categorical=False)
+    assert known.any()
+    assert np.array_equal(valid, known)
+    assert np.array_equal(values[:, known], whole[:, known])
+
+
+def test_pieces_make_up_what_lies_over_a_source() -> None:
+    source = Grid("EPSG:4326", (1e-4, 0, 14.99, 0, -1e-4, 45.16), 700, 260)
+    target = Grid(TALL.crs, (50.0, 0.0, 499_000.0, 0.0, -50.0, 5_002_000.0), 190, 110)
+    most_px, seen = 6000, np.zeros(target.shape, int)
+    for (row, col, height, width), below in windows_below(source, target, "dem", most_px):
+        assert below[2] * below[3] <= most_px
+        seen[row : row + height, col : col + width] += 1
+    ones = np.ones((1, *source.shape), np.float32)
+    _, known = raster.warp(ones, ones[0] > 0, source, target, categorical=False)
+    assert known.any()
+    assert (seen[known] == 1).all()
+    assert seen.max() == 1
+    assert seen.min() == 0
+
+
+def test_a_file_far_finer_than_the_grid_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "dem.tif"  # has no pixel: whoever reads it says so
+    with rasterio.open(
+        path, "w", driver="GTiff", height=3000, width=4000, count=1, dtype="float32", nodata=-1,
+        crs=TALL.crs, transform=Affine(1, 0, 504_000, 0, -1, 4_996_000), sparse_ok=True,
+    ):  # fmt: skip
+        pass
+    coarse = Grid(TALL.crs, (600.0, 0.0, 500_000.0, 0.0, -600.0, 5_000_000.0), 16, 20)
+    with pytest.raises(GeoreferenceError, match=r"layer dem.*single pixel.*gdalwarp -tr"):
+        ObservedFiles({"dem": path}, GENERATOR, coarse)
 
 
 def test_layers_of_other_systems_resolutions_and_extents_guide(tmp_path: Path) -> None:
