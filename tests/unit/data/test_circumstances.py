@@ -1,12 +1,14 @@
 """What a grid tells of its pictures, and what it does not."""
 
 import datetime as dt
+import weakref
 from dataclasses import replace
 
 import pytest
 
 from mm_model.conditions import NOTHING, Conditions
 from mm_model.data.circumstances import complete
+from mm_model.data.georeference import ground_sampling_m, latitude_deg
 from mm_model.data.patch import Patch
 from mm_model.geo.grid import Grid
 from mm_model.geo.sun import sun_position
@@ -69,3 +71,22 @@ def test_a_distance_that_conditions_do_not_know_is_not_told():
 def test_training_goes_by_the_same_rule():
     patch = Patch("p", "place", "source", UTM, 10, {})
     assert conditions_of(patch) == complete(NOTHING, UTM)
+
+
+def test_grids_that_were_told_of_are_not_held_for_ever():
+    """Callers name as many as they like, in systems of as many characters as they like."""
+    named = 'GEOGCS["{}",DATUM["d",SPHEROID["s",6378137,298.25]],UNIT["degree",0.0174532925199433]]'
+    lasting = Grid("EPSG:4326", (0.001, 0, 9.0, 0, -0.001, 60.0), 24, 40)
+    assert ground_sampling_m(lasting) is ground_sampling_m(replace(lasting))  # it is kept
+    seen = []
+    for k in range(12_000):
+        grid = replace(UTM, crs="EPSG:4326", transform=(1e-4, 0, k * 1e-3, 0, -1e-4, 50.0))
+        assert latitude_deg(grid) is not None
+        seen.append(weakref.ref(grid))
+    assert sum(grid() is not None for grid in seen) <= 10_000
+    for k in range(5):
+        grid = replace(lasting, crs=named.format(f"{k} " + "x" * 30_000))
+        assert complete(NOTHING, grid).gsd_m == pytest.approx(ground_sampling_m(lasting), rel=1e-3)
+        long = weakref.ref(grid)
+        del grid
+        assert long() is None
