@@ -233,11 +233,15 @@ def check_header(
     """
     generator.check_side(part, header.grid)
     if header.bands != len(modality.bands) and bands_of(header, modality) is None:
+        fewer = header.bands < len(modality.bands)
         raise LayerError(
             f"{part}: bands",
             got=header.bands,
             allowed=f"{len(modality.bands)}, or named {', '.join(modality.band_names)}",
-            remedy="select them with gdal_translate -b",
+            # What the model knows of a pixel is one for all bands of a layer.
+            remedy="a layer needs all its bands: leave it out, any subset of layers will do"
+            if fewer
+            else "select them with gdal_translate -b",
         )
     kinds = "iu" if modality.is_categorical else "iuf"
     if _kind(header.dtype) not in kinds:

@@ -244,6 +244,16 @@ BAD = {
 IN_PIXELS = {"truncated pixels", "unit"}
 
 
+@pytest.mark.parametrize(
+    ("name", "bands", "remedy"),
+    [("sar", 1, "leave it out"), ("rgb", 2, "leave it out"), ("sar", 5, "gdal_translate -b")],
+)
+def test_nobody_is_told_to_select_bands_that_are_not_there(source, name, bands, remedy):
+    problem = refused(generate(source, {name: sparse(24, bands)}), 422, "layer")
+    assert (problem.got, remedy in problem.remedy) == (str(bands), True)
+    assert ("select" in problem.remedy) == (bands > len(MODALITIES[name].bands))
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_request_is_a_problem_that_says_what_to_do(source, case):
     files, fields, status, code = BAD[case]
