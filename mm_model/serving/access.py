@@ -44,6 +44,7 @@ AUDIT = logging.getLogger("mm_model.audit")
 sent."""
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # probes ask them, and they tell nothing
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _NEVER = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
@@ -205,7 +206,7 @@ class Guard:
 
     Args:
         app: what answers.
-        keys: who may ask; empty: anybody.
+        keys: who may ask; empty: anybody, but no page of somebody else in a browser.
         max_per_key: most requests of one key that are worked on at once; None is no limit.
         on_refused: told the code of each problem that a request is refused with here.
     """
@@ -247,6 +248,8 @@ class Guard:
                 key = self._key(scope)
                 seen.key = key.name if key else None
                 self._check(seen.path, key)
+                if not self._keys and seen.path not in _OPEN:
+                    _check_browser(scope["method"], Headers(scope=scope))
                 scope[_HOLDER] = seen.key or ""
                 with self._place(seen.path, key):
                     await self._app(scope, counted, secured)
@@ -298,6 +301,46 @@ class Guard:
                 got=", ".join(sorted(key.scopes)),
                 allowed=f"a key with the scope {needed}",
             )
+
+
+def _check_browser(method: str, headers: Headers) -> None:
+    """Refuse what a page of somebody else has the browser of a caller ask, where no key is asked.
+
+    Such a page may post wherever it likes, though it cannot read the answer; but if its own name
+    comes to mean this machine (DNS rebinding), it can. That name has a dot, as all public ones; a
+    browser tells it in Host, and where a page is from in Origin.
+
+    Raises:
+        ForbiddenError: it is so.
+    """
+    host, origin = headers.get("host", ""), headers.get("origin")
+    remedy = "ask by 127.0.0.1 or localhost, or have the endpoint set API keys"
+    if not _is_local(host):
+        raise ForbiddenError(
+            "without API keys, the endpoint is not asked by a public name",
+            got=f"Host: {host[:80]}",
+            allowed="an IP address, or a name without a dot",
+            remedy=remedy,
+        )
+    if origin is None or method in _READING:
+        return
+    if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+        raise ForbiddenError(
+            "without API keys, no page but the endpoint's own may change anything here",
+            got=f"Origin: {origin[:80]}",
+            allowed=f"http://{host[:80]}",
+            remedy=remedy,
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Whether a header Host holds an address, or a name that no public one can be."""
+    name = re.sub(r":\d*$", "", host)
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") else name)
+    except ValueError:
+        return "." not in name
+    return True
 
 
 def _is_page(path: str) -> bool:

@@ -129,7 +129,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         401: "The endpoint asks for an API key, and there is none that it knows",
         404: "There is no such job, or it is another key's",
         409: "The job is not done",
-        403: "The API key has another scope",
+        403: "The API key has another scope; or, without keys, a browser asks for a page of "
+        "another site",
         413: "An upload, an image side or the body is over its limit",
         415: "The body is no form, or a part is no whole GeoTIFF",
         422: "A field, a layer or its unit is wrong, or layers do not overlap",

@@ -89,6 +89,44 @@ def test_without_keys_anybody_is_answered(source):
     assert get(app, "/metrics").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [("127.0.0.1:8000", True), ("localhost", True), ("LOCALHOST:80", True), ("[::1]:8000", True),
+     ("[::ffff:127.0.0.1]", True), ("endpoint:8000", True), ("rebound.example:8000", False),
+     ("127.0.0.1.example", False), ("localhost.", False), ("[::1].example", False)],
+)  # fmt: skip
+def test_without_keys_a_public_name_is_not_answered(source, app, host, is_local):
+    """It may be of a page that has its name point at this machine."""
+    for path in ("/v1/model", "/metrics", f"/v1/jobs/{'a' * 32}/result", "/", "/healthz"):
+        answer = get(build_app(source, serve_config()), path, {"Host": host})
+        if is_local or path in OPEN:
+            assert answer.status_code != 403
+        else:
+            assert "127.0.0.1" in refused(answer, 403, "forbidden").remedy
+    assert get(app, "/v1/model", {"Host": host, **bearer(GENERATE)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_own"),
+    [("http://127.0.0.1:8000", True), ("https://127.0.0.1:8000", True), (None, True),
+     ("http://127.0.0.1:8001", False), ("http://127.0.0.1", False), ("null", False), ("", False),
+     ("http://elsewhere.example", False), ("http://127.0.0.1:8000.example", False)],
+)  # fmt: skip
+def test_without_keys_no_page_but_its_own_changes_anything(source, app, origin, is_own):
+    headers = {"Host": "127.0.0.1:8000"} | ({} if origin is None else {"Origin": origin})
+    open_app = build_app(source, serve_config(max_side_px=64))
+    for method, path in (("POST", "/v1/jobs"), ("POST", "/v1/generate"), ("DELETE", "/v1/jobs/a")):
+        (answer,) = ask(open_app, (method, path, {"headers": headers}))
+        if is_own:
+            assert answer.status_code != 403
+        else:
+            assert "Origin" in refused(answer, 403, "forbidden").got
+    assert get(open_app, "/v1/model", headers).status_code == 200
+    headers |= bearer(GENERATE)
+    (answer,) = ask(app, form({"sar": geotiff("sar")}, headers, target="dem", steps=1))
+    assert answer.status_code == 200
+
+
 def test_a_key_cannot_take_all_places(source, monkeypatch):
     """One more than a key may have is refused at once, before its body; another key is answered."""
     config = serve_config(max_side_px=64, max_per_key=2, max_batch=1)
