@@ -157,6 +157,7 @@ class TrainConfig(Section):
         str, Field(min_length=1, description="scratch, pretrained, or a bundle's folder")
     ]
     add: str | None = Field(None, description="a modality that joins the bundle at `start`")
+    only: Literal["flow"] | None = Field(None, description="the part of that bundle that learns")
     seed: int
     steps: PositiveInt
     batch: PositiveInt
@@ -177,6 +178,11 @@ class TrainConfig(Section):
     def _joins_something(self) -> TrainConfig:
         if self.add is not None and self.start == "scratch":
             raise ValueError(f"add ({self.add}) needs a trained model: name a bundle in start")
+        if self.only is not None and (self.start == "scratch" or self.add is not None):
+            raise ValueError(
+                f"only ({self.only}) needs a trained model and no other part that learns: "
+                "name a bundle in start, and set add to null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -78,7 +78,8 @@ class Job:
             last = self.modalities[-1]
             return grown(load_bundle(self.start), last, self.statistics, self.seen_sets)
         if self.start is not None:
-            return continued(load_bundle(self.start), self.seen_sets, self.patch_px)
+            bundle = load_bundle(self.start)
+            return continued(bundle, self.seen_sets, self.patch_px, self.config.only)
         torch.manual_seed(self.config.seed)
         codec = Codec(self.modalities, self.statistics)
         size = Size(**self.size.model_dump())

@@ -89,7 +89,7 @@ def train(
     model: SceneModel = state.model  # type: ignore[assignment]
     device = next(model.parameters()).device
     checkpoints.restore(state)
-    objective: nn.Module = TrainingStep(model)
+    objective: nn.Module = TrainingStep(model, config.only)
     if world > 1:
         # Every parameter takes part in every step, whatever is observed (see nn/).
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)

@@ -75,17 +75,26 @@ def check_start(
         )
 
 
-def continued(bundle: Bundle, seen_sets: Sequence[Mapping[str, Any]], patch_px: int) -> SceneModel:
+def continued(
+    bundle: Bundle,
+    seen_sets: Sequence[Mapping[str, Any]],
+    patch_px: int,
+    only: str | None = None,
+) -> SceneModel:
     """The bundle's model, ready to learn on: its weights, its codec, its modalities.
 
     Args:
         bundle: what to begin with; it stays as it is.
         seen_sets: sets of modalities of its training and of the one that begins.
         patch_px: side of the patches of the one that begins.
+        only: the part of the model that learns; None is all of it.
     """
     config = {**bundle.model.config, "seen_sets": seen_sets, "patch_px": patch_px}
     model = SceneModel.from_config(config)
     model.load_state_dict(bundle.model.state_dict())
+    if only is not None:
+        model.requires_grad_(False)
+        model.get_submodule(only).requires_grad_(True)
     return model
 
 

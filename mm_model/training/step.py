@@ -142,29 +142,22 @@ def step_loss(
     known = mask & ~draws.hole
     seen = known & observed
     conditions = conditions * draws.conditions_kept[:, OWNERS]
-    # What is learnt later must not move the scene: the true one is of the settled modalities.
-    whole = mask & model.settled[:, None, None]
-
-    def column(v: Tensor) -> Tensor:
-        return v[:, None, None, None]
+    whole = _whole(model, mask)
 
     # Each sample is encoded once: from all that there is, for the decoder alone, or from what is
     # observed, for the decoder and for the flow, whose target learns nothing from it.
     own = draws.own_scene
-    h, scene = model.encode(x, torch.where(column(own), seen, whole))
+    h, scene = model.encode(x, torch.where(_column(own), seen, whole))
     with torch.no_grad():
         _, clean = model.encode(x[own], whole[own])
-    t_scene = draws.t_scene[own]
-    z_t = interpolate(clean, draws.noise_scene[own], column(t_scene))
-    share = seen[own].float().mean((2, 3))
-    z_hat = model.estimate_scene(z_t, t_scene, h[own], share, conditions[own])
-    squares = (z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(t_scene)
+    t_scene, noise_scene = draws.t_scene[own], draws.noise_scene[own]
+    squares = _flow_losses(model, clean, t_scene, noise_scene, h[own], seen[own], conditions[own])
     flow = 2 * squares.sum() / len(x)
 
     # Of unchanged length, so that the decoder cannot tell how noisy a scene is.
-    noise = column(draws.scene_noise)
+    noise = _column(draws.scene_noise)
     scene = (1 - noise.square()).sqrt() * scene + noise * draws.noise_z
-    scene = scene * column(draws.scene_kept)
+    scene = scene * _column(draws.scene_kept)
     present = known & draws.direct[:, :, None, None]
     wanted = mask & (draws.wanted[:, :, None, None] | (observed & draws.hole))
     times = model.channelwise(draws.t)[:, :, None, None]
@@ -190,15 +183,37 @@ def step_loss(
     return StepLoss(total, flow.detach(), by_modality, counts)
 
 
-class TrainingStep(nn.Module):
-    """`step_loss` as a module's forward, so that DistributedDataParallel can wrap it."""
+def flow_step_loss(
+    model: SceneModel, x: Tensor, mask: Tensor, conditions: Tensor, draws: Draws
+) -> StepLoss:
+    """The flow's loss alone, of every sample: scenes are those of a model that stays as it is.
 
-    def __init__(self, model: SceneModel) -> None:
+    A sample costs a small part of what it costs in `step_loss`, whose arguments these are.
+    """
+    seen = mask & ~draws.hole & draws.observed[:, :, None, None]
+    with torch.no_grad():
+        h, _ = model.encode(x, seen)
+        _, clean = model.encode(x, _whole(model, mask))
+    known = conditions * draws.conditions_kept[:, OWNERS]
+    squares = _flow_losses(model, clean, draws.t_scene, draws.noise_scene, h, seen, known)
+    none = squares.new_zeros(len(model.modalities))
+    return StepLoss(squares.mean(), squares.mean().detach(), none, none)
+
+
+class TrainingStep(nn.Module):
+    """The step's loss as a module's forward, so that DistributedDataParallel can wrap it.
+
+    Args:
+        model: trained in place.
+        only: "flow" if nothing but the scene flow learns.
+    """
+
+    def __init__(self, model: SceneModel, only: str | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._loss = model, step_loss if only is None else flow_step_loss
 
     def forward(self, x: Tensor, mask: Tensor, conditions: Tensor, draws: Draws) -> StepLoss:
-        return step_loss(self.model, x, mask, conditions, draws)
+        return self._loss(self.model, x, mask, conditions, draws)
 
 
 def target_losses(
@@ -237,6 +252,34 @@ def target_losses(
             total = (error[:, 0] * weight[:, index]).sum((1, 2))
             losses[:, index] = CLASS_LOSS * total * class_weight(t[:, index])
     return losses / pixels
+
+
+def _flow_losses(
+    model: SceneModel,
+    clean: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    h: Tensor,
+    seen: Tensor,
+    conditions: Tensor,
+) -> Tensor:
+    """[B]: of the flow's estimates of clean scenes from noisy ones, as a velocity's would be."""
+    z_t = interpolate(clean, noise, _column(t))
+    z_hat = model.estimate_scene(z_t, t, h, seen.float().mean((2, 3)), conditions)
+    return (z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(t)
+
+
+def _whole(model: SceneModel, mask: Tensor) -> Tensor:
+    """What the true scene is encoded from: of the settled modalities, all that there is.
+
+    What is learnt later must not move the scene.
+    """
+    return mask & model.settled[:, None, None]
+
+
+def _column(v: Tensor) -> Tensor:
+    """[B] → [B, 1, 1, 1]."""
+    return v[:, None, None, None]
 
 
 def _sureness_loss(model: SceneModel, context: Context, x: Tensor, wanted: Tensor) -> Tensor:

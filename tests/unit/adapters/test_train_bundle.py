@@ -265,3 +265,21 @@ def test_what_cannot_join_is_refused(folder, modalities, add, said):
 def test_nothing_joins_random_weights():
     with pytest.raises(ConfigError, match="needs a trained model"):
         choose((*NAMES, "pan"), add="pan")
+
+
+def test_the_flow_learns_alone_and_all_else_stays_bit_for_bit(folder):
+    older = load_bundle(folder / "older")
+    summary = train_bundle(choose(start="older", only="flow", steps=20), folder)
+    bundle = load_bundle(folder / "models/bundle")
+    before, after = older.model.state_dict(), bundle.model.state_dict()
+    changed = {n for n, t in before.items() if not torch.equal(after[n], t)}
+    assert changed
+    assert all(n.startswith("flow.") for n in changed)
+    assert summary["losses"]["loss"] == summary["losses"]["loss_flow"] > 0
+    assert bundle.manifest.effort["steps"] == 170
+
+
+@pytest.mark.parametrize("changes", [{"start": "scratch"}, {"start": "older", "add": "pan"}])
+def test_nothing_learns_alone_without_the_rest_or_beside_what_joins(changes):
+    with pytest.raises(ConfigError, match="no other part that learns"):
+        choose((*NAMES, "pan"), only="flow", **changes)

@@ -14,7 +14,7 @@ from mm_model.conditions import FEATURES, GROUPS
 from mm_model.generative.sampler import decode_scene
 from mm_model.modalities import select
 from mm_model.scene import Scene
-from mm_model.training.step import Draws, TrainingStep, draw, step_loss
+from mm_model.training.step import Draws, TrainingStep, draw, flow_step_loss, step_loss
 
 MODEL = make_model()
 UNKNOWN = torch.zeros(3, FEATURES)
@@ -132,6 +132,25 @@ def test_gradient_reaches_what_the_samples_use_and_nothing_else() -> None:
     first = model.encoder.pixels.weight.grad.unflatten(1, (16, 19))
     assert first[:, :, 6:8].abs().sum() == 0
     assert first[:, :, 4].abs().sum() > 0
+
+
+def test_the_flow_alone_has_the_loss_that_it_has_beside_the_rest() -> None:
+    model = make_model().train()
+    x, mask = model.codec.encode(make_scene(valid_share=0.5))
+    draws = draw(model, 0, 3, range(3), mask)
+    draws = dataclasses.replace(draws, own_scene=torch.ones(3, dtype=torch.bool))
+    known = torch.randn(3, FEATURES)
+    beside = step_loss(model, x, mask, known, draws)
+    alone = TrainingStep(model, only="flow")(x, mask, known, draws)
+    assert 2 * alone.flow.item() == pytest.approx(beside.flow.item(), rel=1e-5)
+    alone.total.backward()
+    learnt = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learnt
+    assert all(n.startswith("flow.") for n in learnt)
+    spoilt = flow_step_loss(
+        model, *model.codec.encode(spoil(make_scene(valid_share=0.5), 1e9)), known, draws
+    )
+    assert spoilt.flow.item() == alone.flow.item()
 
 
 def test_gradients_do_not_depend_on_the_order_of_layers() -> None:
