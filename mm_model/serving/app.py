@@ -172,7 +172,7 @@ class _Endpoint:
         tracer: Tracer,
     ) -> None:
         self._source, self.progress = source, progress
-        self.jobs = Jobs(jobs, source, config, self._served)
+        self.jobs = Jobs(jobs, source, config, self._served, counted)
         self._decoders = shared_pool(config.max_side_px)
         self._metrics, self._gather, self._tracer = counted, gather, tracer
         counted.decoders_replaced.set_function(lambda: self._decoders.replaced)
@@ -201,6 +201,7 @@ class _Endpoint:
             yield
         finally:
             await asyncio.to_thread(self.jobs.close)
+            await asyncio.to_thread(self._challenge.close)
             self._decoders.close()
 
     async def generate(self, request: Request) -> Response:

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from mm_model.serving.requests import Prepared, Request, Result
 _LOG = logging.getLogger(__name__)
 _NICEST = 19  # of a thread: it gets a sixtieth of a core that another one wants
 _LOOK_S = 0.01
+_STOP_S = 10.0
 _WAITING = 2  # requests to repeat; each holds its layers and the champion's answer
 
 T = TypeVar("T")
@@ -98,6 +100,10 @@ class Challenge:
             self._counted.challenged.labels(served.identity.version, outcome).inc()
         return None
 
+    def close(self) -> None:
+        """Repeat no more."""
+        self._shadow.close()
+
     def repetition(
         self, request_id: str, prepared: Prepared, result: Result, champion: Served
     ) -> Callable[[], None] | None:
@@ -140,11 +146,22 @@ class Shadow:
     ) -> None:
         self._source, self._counted = source, counted
         self._is_busy, self._patience_s = is_busy, patience_s
-        self._waiting: queue.Queue[_Repetition] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[_Repetition | None] = queue.Queue(_WAITING)
+        self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Drop what is repeated and what waits. A process that ends must not compute meanwhile."""
+        self._ending.set()
+        if self._thread is not None:
+            with suppress(queue.Full):  # else it has not to be woken
+                self._waiting.put_nowait(None)
+            self._thread.join(_STOP_S)
 
     def repeat(self, repetition: _Repetition) -> None:
         """Repeat a request when there is time for it; used from one thread."""
+        if self._ending.is_set():
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="challenger", daemon=True)
             self._thread.start()
@@ -156,8 +173,7 @@ class Shadow:
     def _work(self) -> None:
         # Of this thread alone, on Linux, and of those that torch starts for it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
-        while True:
-            repetition = self._waiting.get()
+        while (repetition := self._waiting.get()) is not None and not self._ending.is_set():
             try:
                 self._count(repetition, self._repeat(repetition))
             except Exception:
@@ -170,16 +186,16 @@ class Shadow:
         generator, since = repetition.served.generator, time.perf_counter()
         gave_way_s = 0.0
 
+        def is_over() -> bool:
+            return self._ending.is_set() or time.perf_counter() - since > self._patience_s
+
         def give_way(_: float = 0.0) -> None:
             nonlocal gave_way_s
             began = time.perf_counter()
-            while self._is_busy() and time.perf_counter() - since < self._patience_s:
+            while self._is_busy() and not is_over():
                 time.sleep(_LOOK_S)
             gave_way_s += time.perf_counter() - began
-            if (
-                time.perf_counter() - since > self._patience_s
-                or self._source.challenger is not repetition.served
-            ):
+            if is_over() or self._source.challenger is not repetition.served:
                 raise _DroppedError
 
         try:

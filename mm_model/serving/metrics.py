@@ -32,6 +32,7 @@ Gather = Callable[[], Awaitable[Mapping[str, Snapshot]]]
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 _STAGE_SECONDS = (0.001, 0.005, 0.01, *_SECONDS)
+_JOB_SECONDS = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 
 class Metrics:
@@ -81,6 +82,25 @@ class Metrics:
             "mm_generated_pixels",
             "Pixels that were generated, samples counted each",
             ["modality"],
+            registry=registry,
+        )
+        self.jobs = Gauge(
+            "mm_jobs",
+            "Jobs of all replicas that wait or run, as each replica last saw them",
+            ["state"],
+            registry=registry,
+        )
+        self.job_waits = Gauge(
+            "mm_job_wait_seconds",
+            "How long the job that waits longest has waited, as each replica last saw it",
+            registry=registry,
+        )
+        self.job_seconds = Histogram(
+            "mm_job_seconds",
+            "Time that jobs took once they had begun, by how they ended: done, cancelled, or the "
+            "code of their problem",
+            ["outcome"],
+            buckets=_JOB_SECONDS,
             registry=registry,
         )
         self.decoders_replaced = Gauge(

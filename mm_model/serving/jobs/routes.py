@@ -28,6 +28,7 @@ from mm_model.serving.forms import limited_form
 from mm_model.serving.jobs.intake import Intake, expected_bytes, steady
 from mm_model.serving.jobs.store import Job, JobStore
 from mm_model.serving.jobs.worker import UPLOADS, Worker, for_scenes, parse
+from mm_model.serving.metrics import Metrics
 from mm_model.serving.overlay import labelled
 from mm_model.serving.uploads import JOB_FIELDS
 
@@ -59,6 +60,7 @@ class Jobs:
         source: says which model serves.
         config: of the endpoint.
         served: gives the model that serves, or raises NotReadyError.
+        counted: where its worker counts.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Jobs:
         source: ModelSource,
         config: ServeConfig,
         served: Callable[[], Served],
+        counted: Metrics,
     ) -> None:
         self._config, self._served, self._intake = config.jobs, served, Intake()
         self._room = (config.jobs.max_jobs, config.jobs.max_stored_mb * 2**20)
@@ -75,7 +78,7 @@ class Jobs:
             place.folder.mkdir(parents=True, exist_ok=True)
             self._folder = place.folder
             self._store = JobStore(place.database, place.model)
-            self._worker = Worker(self._store, place.folder, source, config.jobs)
+            self._worker = Worker(self._store, place.folder, source, config.jobs, counted)
 
     def add_routes(self, app: FastAPI, config: ServeConfig) -> None:
         """The paths below /v1/jobs."""

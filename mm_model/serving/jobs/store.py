@@ -198,11 +198,23 @@ class JobStore:
             row = connection.execute(query).mappings().first()
         return None if row is None else _job(row)
 
-    def claim(self, keep_s: float) -> Job | None:
+    def unfinished(self) -> tuple[dict[JobState, int], float]:
+        """How many jobs wait and run, and for how many seconds the oldest has waited."""
+        mine = (_C.model == self._model) & _C.state.in_(_UNFINISHED)
+        counts, first = sa.func.count(), sa.func.min(_C.created_s)
+        query = sa.select(_C.state, counts, first).where(mine).group_by(_C.state)
+        with self._connected() as connection:
+            rows = {JobState(state): (n, at) for state, n, at in connection.execute(query)}
+        waits = rows.get(JobState.QUEUED)
+        found = {state: rows[state][0] if state in rows else 0 for state in _UNFINISHED}
+        return found, max(0.0, time.time() - waits[1]) if waits else 0.0
+
+    def claim(self) -> Job | None:
         """Hold a job that waits, or whose process fell silent; None if there is none.
 
         Owners take turns: first comes who has fewest jobs that run, then whose job this process
-        began longest ago, or never; of one owner, the job that waited longest.
+        began longest ago, or never; of one owner, the job that waited longest. One that has had
+        `MAX_ATTEMPTS` is held only to be given up.
         """
         now, holder = time.time(), uuid.uuid4().hex
         mine, silent = _C.model == self._model, _C.lease_until_s < now
@@ -215,9 +227,6 @@ class JobStore:
         # Kept here, not in the rows: who deletes what has ended would come first for ever.
         found = sorted(found, key=lambda row: (busy[row.owner], self._turns.get(row.owner, 0)))
         for job_id, attempt, owner in found:
-            if attempt >= MAX_ATTEMPTS:
-                self._give_up(job_id, free, keep_s)
-                continue
             values = {
                 "state": JobState.RUNNING,
                 "holder": holder,
@@ -230,13 +239,6 @@ class JobStore:
                 self._turns[owner] = next(self._count)
                 return self.get(job_id)
         return None
-
-    def _give_up(self, job_id: str, free: sa.ColumnElement[bool], keep_s: float) -> None:
-        error = ServiceError(
-            "the process that worked on the job ended", got=f"{MAX_ATTEMPTS} times"
-        )
-        values = {"state": JobState.FAILED, "problem": problem_of(error).model_dump_json()}
-        self._update((_C.id == job_id) & free, {**values, "expires_s": time.time() + keep_s})
 
     def renew(self, job: Job, done: int, work: int) -> bool:
         """Say that the holder lives, and how far it is; false if it holds the job no more."""

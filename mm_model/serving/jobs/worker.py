@@ -11,17 +11,19 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mm_model.api import each
 from mm_model.config import JobsConfig
+from mm_model.data import raster
 from mm_model.data.files import needs_room
-from mm_model.errors import MMError
+from mm_model.errors import MMError, ServiceError
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import copied_to, copy_file
 from mm_model.serving.generator import Generator
-from mm_model.serving.jobs.store import LEASE_S, Job, JobStore
+from mm_model.serving.jobs.store import LEASE_S, MAX_ATTEMPTS, Job, JobStore
+from mm_model.serving.metrics import Metrics
 from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.results import pack
@@ -53,12 +55,19 @@ class Worker:
         folder: what they hold, a folder for each; every replica sees the same.
         source: says which model serves when a job begins.
         config: how long results are kept, and how large scenes may be.
+        counted: where it counts.
     """
 
     def __init__(
-        self, store: JobStore, folder: Path, source: ModelSource, config: JobsConfig
+        self,
+        store: JobStore,
+        folder: Path,
+        source: ModelSource,
+        config: JobsConfig,
+        counted: Metrics,
     ) -> None:
         self._store, self._folder, self._source, self._config = store, folder, source, config
+        self._counted = counted
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -88,11 +97,12 @@ class Worker:
                 if time.monotonic() >= sweep_at:
                     self._sweep()
                     sweep_at = time.monotonic() + _SWEEP_S
+                self._tell()
                 for job_id in self._store.expired():
                     self._store.delete(job_id)
                     shutil.rmtree(self._folder / job_id, ignore_errors=True)
                 served = self._source.served
-                job = self._store.claim(keep_s) if served is not None else None
+                job = self._store.claim() if served is not None else None
                 said = ""
                 if job is not None and served is not None:
                     self._work(job, served, keep_s)
@@ -106,13 +116,19 @@ class Worker:
         # An attempt before this one may still be writing.
         folder = place / f"{job.attempt}-{job.holder[:8]}"
         outcome: MMError | dict[str, object]
+        began = time.monotonic()
         try:
-            with _Held(self._store, job, self._ending) as held, needs_room("what the job makes"):
+            with (
+                _Held(self._store, job, self._ending, self._tell) as held,
+                needs_room("what the job makes"),
+            ):
                 outcome = self._answer(job, served, place, folder, held)
         except _LostError:
             shutil.rmtree(folder, ignore_errors=True)
             if self._ending.is_set():
                 self._store.release(job)
+            else:
+                self._ended("cancelled", began)
             self._clean(job)
             return
         except MMError as error:
@@ -122,6 +138,7 @@ class Worker:
             outcome = MMError(f"internal error ({type(error).__name__})")
         if isinstance(outcome, MMError):
             shutil.rmtree(folder, ignore_errors=True)
+        self._ended(outcome.code if isinstance(outcome, MMError) else "done", began)
         size = sum(p.stat().st_size for p in folder.glob("*")) if folder.is_dir() else 0
         if self._store.finish(job, outcome, size, keep_s):
             # What was sent, and what attempts have left whose process was killed.
@@ -130,6 +147,16 @@ class Worker:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             self._clean(job)
+
+    def _tell(self) -> None:
+        """How many jobs there are, for who looks at the figures."""
+        found, waits_s = self._store.unfinished()
+        self._counted.job_waits.set(waits_s)
+        for state, count in found.items():
+            self._counted.jobs.labels(state).set(count)
+
+    def _ended(self, outcome: str, began: float) -> None:
+        self._counted.job_seconds.labels(outcome).observe(time.monotonic() - began)
 
     def _clean(self, job: Job) -> None:
         """Remove what a job that was deleted has left."""
@@ -146,6 +173,10 @@ class Worker:
     def _answer(
         self, job: Job, served: Served, place: Path, folder: Path, held: _Held
     ) -> dict[str, object]:
+        if job.attempt > MAX_ATTEMPTS:
+            raise ServiceError(
+                "the process that worked on the job ended", got=f"{MAX_ATTEMPTS} times"
+            )
         generator = for_scenes(served.generator, self._config)
         copies = folder / "copies"
         copies.mkdir(parents=True, exist_ok=True)
@@ -156,7 +187,10 @@ class Worker:
                 copy_file(upload, label, modality, generator, path, held.check)
         written = write_scene(generator, request, served.identity, folder, held.tell)
         shutil.rmtree(copies)
+        height, width = raster.read_header(written[0]).grid.shape
         path, media_type, provenance = pack(written, list(generator.modalities.values()))
+        for name in provenance.targets:
+            self._counted.pixels.labels(name).inc(request.samples * height * width)
         for part in written:
             if part != path:
                 part.unlink()
@@ -170,8 +204,10 @@ class Worker:
 class _Held:
     """Says that the job's holder lives while the block runs."""
 
-    def __init__(self, store: JobStore, job: Job, ending: threading.Event) -> None:
-        self._store, self._job, self._ending = store, job, ending
+    def __init__(
+        self, store: JobStore, job: Job, ending: threading.Event, tell: Callable[[], None]
+    ) -> None:
+        self._store, self._job, self._ending, self._tell_all = store, job, ending, tell
         self._over, self._lost = threading.Event(), threading.Event()
         self._at = (0, 0)
         self._thread = threading.Thread(target=self._renew, name="job held", daemon=True)
@@ -199,6 +235,7 @@ class _Held:
                 if not self._store.renew(self._job, *self._at):
                     self._lost.set()
                     return
+                self._tell_all()
             except Exception as error:  # until the lease is over, the database may come back
                 if repr(error) != said:  # not every second
                     _LOG.exception("job %s: the database is away", self._job.id)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
@@ -27,6 +30,7 @@ from mm_model.data.drift import MOST_DISTANCE
 from mm_model.serving.app import build_app
 from mm_model.serving.batching import Served
 from mm_model.serving.drift import LEAST_LAYERS
+from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.metrics import Metrics
 
 MONITORING = Path(__file__).parents[3] / "infra/monitoring"
@@ -45,19 +49,34 @@ def own_metrics() -> Mapping[str, frozenset[str]]:
         return {"one": counted.snapshot(source)}
 
     config = serve_config(challenger={"mode": "shadow", "share": 1.0})
-    app = build_app(source, config, counted=counted, gather=gather)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = JobsPlace(Path(folder), "", "mm-test")
+        app = build_app(source, config, jobs=jobs, counted=counted, gather=gather)
+        found = _samples_in_use(app)
+        asyncio.run(_closed(app))
+    return {name: OF_THE_SCRAPE | labels for name, labels in found.items()}
+
+
+async def _closed(app: FastAPI) -> None:
+    async with app.router.lifespan_context(app):
+        pass
+
+
+def _samples_in_use(app: FastAPI) -> Mapping[str, set[str]]:
     request = form({"sar": geotiff("sar")}, target="dem", steps=1)
-    ask(app, *[request] * LEAST_LAYERS, form({"sar": b"no"}))
+    job = form({}, None, "/v1/jobs", target="dem", width=32, height=24, steps=1)
+    ask(app, job, *[request] * LEAST_LAYERS, form({"sar": b"no"}))
     (page,) = ask(app, ("GET", "/metrics", {}))
     give_up = time.monotonic() + 120
-    while "mm_shadow_difference_sum" not in page.text:  # it comes after the answer
+    # They come after the answer.
+    while not all(name in page.text for name in ("mm_shadow_difference_sum", "mm_job_seconds_sum")):
         assert time.monotonic() < give_up
         (page,) = ask(app, ("GET", "/metrics", {}))
     found: dict[str, set[str]] = defaultdict(set)
     for family in text_string_to_metric_families(page.text):
         for sample in family.samples:
             found[sample.name] |= set(sample.labels)
-    return {name: OF_THE_SCRAPE | labels for name, labels in found.items()}
+    return found
 
 
 @cache

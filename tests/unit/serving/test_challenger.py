@@ -1,5 +1,6 @@
 """A version beside the champion: whatever becomes of it, the champion's answers do not."""
 
+import asyncio
 import threading
 import time
 
@@ -242,6 +243,21 @@ def test_a_shadow_that_cannot_answer_harms_nobody(pair, why, monkeypatch):
         (answer,) = ask(app, request())
         assert answer.status_code == 200
         wait_for(app, "failed" if why == "breaks" else "refused", number)
+
+
+def test_nothing_is_repeated_once_the_endpoint_has_ended(pair):
+    """A process that ends while a thread of it computes is aborted."""
+    others = set(threading.enumerate())
+    app = app_of(pair, "shadow")
+    ask(app, *[request(f"slow-{k}", steps=64) for k in range(3)])
+    (thread,) = (t for t in set(threading.enumerate()) - others if t.name == "challenger")
+
+    async def end() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    asyncio.run(end())
+    assert not thread.is_alive()
 
 
 def test_without_the_parameter_the_alias_is_nothing(pair):

@@ -34,6 +34,7 @@ from mm_model.serving.jobs import worker as job_worker
 from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.jobs.store import JobStore
 from mm_model.serving.jobs.worker import Worker
+from mm_model.serving.metrics import Metrics
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.scenes import write_scene
 
@@ -181,15 +182,15 @@ def store(database):
 def test_a_job_is_held_by_one_and_passed_on_when_that_one_falls_silent(store, monkeypatch):
     store.add("a" * 32, "", [("seed", "1")], [], 0)
     monkeypatch.setattr(job_store, "LEASE_S", -1.0)  # it is over as soon as it begins
-    first = store.claim(60)
-    second = store.claim(60)
+    first = store.claim()
+    second = store.claim()
     assert (first.attempt, second.attempt) == (1, 2)
     assert not store.renew(first, 1, 2)
     assert not store.finish(first, {"file": "first"}, 1, 60)
     assert store.renew(second, 1, 2)
     monkeypatch.undo()
     assert store.renew(second, 1, 2)
-    assert store.claim(60) is None
+    assert store.claim() is None
     assert store.finish(second, {"file": "second"}, 1, 60)
     assert store.get("a" * 32).result == {"file": "second"}
 
@@ -202,7 +203,7 @@ def test_many_who_ask_for_work_at_once_never_hold_one_job_together(store):
 
     def ask() -> None:
         while True:
-            job = store.claim(60)
+            job = store.claim()
             with lock:
                 if job is None:
                     # Somebody was faster with each that was free when it looked.
@@ -255,12 +256,64 @@ def test_a_full_database_says_so(tmp_path):
     found.close()
 
 
-def test_a_job_that_ends_every_process_is_given_up(store, monkeypatch):
-    store.add("b" * 32, "", [], [], 0)
-    monkeypatch.setattr(job_store, "LEASE_S", -1.0)
-    assert [store.claim(60).attempt for _ in range(job_store.MAX_ATTEMPTS)] == [1, 2, 3]
-    assert store.claim(60) is None
-    assert store.get("b" * 32).state is JobState.FAILED
+def test_a_job_that_ends_every_process_is_given_up(tmp_path, store, monkeypatch):
+    store.add("b" * 32, "", [("target", "dem"), ("width", "32"), ("height", "24")], [], 0)
+    with monkeypatch.context() as silent:
+        silent.setattr(job_store, "LEASE_S", -1.0)
+        assert [store.claim().attempt for _ in range(job_store.MAX_ATTEMPTS)] == [1, 2, 3]
+    worker = Worker(store, tmp_path, SOURCE, CONFIG.jobs, counted := Metrics())
+    worker.start()
+    try:
+        give_up = time.monotonic() + 60
+        while (job := store.get("b" * 32)).state is not JobState.FAILED:
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+    finally:
+        worker.close()
+    assert job.problem.code == "service"
+    assert job.problem.got == "3 times"
+    assert figures(counted)["mm_job_seconds_count", "service"] == 1
+
+
+def figures(counted: Metrics) -> dict[tuple[str, str], float]:
+    """Of jobs: name and label → value."""
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in counted.snapshot(SOURCE)
+        for sample in family.samples
+        if sample.name.startswith("mm_job") and "le" not in sample.labels
+    }
+
+
+def test_figures_tell_of_jobs_that_wait_run_and_have_ended(tmp_path, store):
+    fields = [("target", "dem"), ("width", "400"), ("height", "300"), ("steps", "4")]
+    ids = [uuid.uuid4().hex for _ in range(3)]
+    for job_id in ids:
+        store.add(job_id, "", fields, [], 0)
+    worker = Worker(store, tmp_path, SOURCE, CONFIG.jobs, counted := Metrics())
+    worker.start()
+    give_up = time.monotonic() + 120
+
+    def wait_for(name: str, label: str, value: float) -> None:
+        while figures(counted).get((name, label)) != value:
+            assert time.monotonic() < give_up, figures(counted)
+            time.sleep(0.1)
+
+    try:
+        wait_for("mm_jobs", "running", 1)
+        wait_for("mm_jobs", "queued", 2)
+        assert 0 < figures(counted)["mm_job_wait_seconds", ""] < 120
+        store.delete(ids[2])
+        wait_for("mm_job_seconds_count", "done", 1)
+        wait_for("mm_jobs", "queued", 0)
+        wait_for("mm_jobs", "running", 1)
+        assert figures(counted)["mm_job_wait_seconds", ""] == 0
+        store.delete(ids[1])
+        wait_for("mm_job_seconds_count", "cancelled", 1)
+        wait_for("mm_jobs", "running", 0)
+    finally:
+        worker.close()
+    assert counted.pixels.labels("dem")._value.get() == 400 * 300
 
 
 def test_there_is_room_for_so_many_jobs_and_bytes_of_each_owner(store):
@@ -282,7 +335,7 @@ def test_owners_take_turns(database, processes):
         stores[0].add(uuid.uuid4().hex, owner, [], [], 0)
     owners = []
     for turn in range(4):
-        job = stores[turn % processes].claim(60)
+        job = stores[turn % processes].claim()
         owners.append(job.owner)
         if processes == 1:  # none runs when the next one is begun; with two, all do
             assert stores[0].finish(job, {}, 0, 60)
@@ -297,7 +350,7 @@ def test_who_deletes_a_job_learns_how_it_stood(store):
     ids = [uuid.uuid4().hex for _ in range(2)]
     for job_id in ids:
         store.add(job_id, "", [], [], 0)
-    running = store.claim(60)
+    running = store.claim()
     assert store.delete(ids[1]) is JobState.QUEUED
     assert store.delete(running.id) is JobState.RUNNING
     assert store.delete(running.id) is None
@@ -323,7 +376,7 @@ def test_a_job_that_ends_as_it_is_deleted_leaves_nothing(tmp_path, monkeypatch):
 def test_a_worker_sweeps_again_and_gives_way(tmp_path, store, monkeypatch):
     monkeypatch.setattr(job_worker, "_SWEEP_S", 0.0)
     monkeypatch.setattr(job_worker, "_OLD_S", -1.0)
-    worker = Worker(store, tmp_path, SOURCE, CONFIG.jobs)
+    worker = Worker(store, tmp_path, SOURCE, CONFIG.jobs, Metrics())
     worker.start()
     try:
         for name in ("one", "two"):
@@ -344,14 +397,14 @@ def test_what_one_worker_leaves_the_next_one_does(tmp_path, store):
     fields = [("target", "dem"), ("width", "400"), ("height", "400"), ("steps", "2")]
     store.add("d" * 32, "", fields, [], 0)
     folder.mkdir()
-    first = Worker(store, folder, SOURCE, jobs)
+    first = Worker(store, folder, SOURCE, jobs, Metrics())
     first.start()
     while store.get("d" * 32).done == 0:
         time.sleep(0.05)
     first.close()
     left = store.get("d" * 32)
     assert (left.state, left.attempt) == (JobState.QUEUED, 0)
-    second = Worker(store, folder, SOURCE, jobs)
+    second = Worker(store, folder, SOURCE, jobs, Metrics())
     second.start()
     try:
         while store.get("d" * 32).state is not JobState.DONE:

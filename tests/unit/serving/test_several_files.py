@@ -36,6 +36,7 @@ from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.jobs.store import JobStore
 from mm_model.serving.jobs.worker import UPLOADS, Worker
 from mm_model.serving.layers import onto
+from mm_model.serving.metrics import Metrics
 from mm_model.serving.observed import ObservedFiles
 from mm_model.serving.overlay import own_grid
 from mm_model.serving.requests import SceneRequest
@@ -438,7 +439,7 @@ def test_a_job_that_was_queued_before_there_could_be_several_is_still_done(tmp_p
     uploads.mkdir(parents=True)
     (uploads / "sar").write_bytes(geotiff("sar"))
     store.add("a" * 32, "", [("target", "dem"), ("steps", "1")], ["sar"], 0)
-    worker = Worker(store, tmp_path, SOURCE, config)
+    worker = Worker(store, tmp_path, SOURCE, config, Metrics())
     worker.start()
     try:
         while (job := store.get("a" * 32)).state not in (JobState.DONE, JobState.FAILED):
