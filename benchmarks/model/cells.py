@@ -30,10 +30,13 @@ from benchmarks.model.joint import OTHER_STEPS, evaluate_joint
 from benchmarks.model.judges import Judges, open_judges
 from benchmarks.model.methods import OF_SCENES, STEPS, TRAINED, Method, SceneMethod, factories
 from benchmarks.model.pairs import evaluate_pairs, summary
-from benchmarks.model.regimes import NIR, RGB, Regime, Scale, choices, open_regime
+from benchmarks.model.regimes import BOX, NIR, RGB, Regime, Scale, choices, open_regime
 from benchmarks.model.scenes import evaluate_scenes
+from benchmarks.model.season import evaluate_season
 from benchmarks.model.training import Effort
+from mm_model.bundle import load_manifest
 from mm_model.data.files import write_atomically
+from mm_model.pretrained import PRETRAINED
 
 HERE = Path(__file__).parent
 _CORE = (
@@ -45,7 +48,7 @@ _DATA = ("data/sources", "data/stats.py")
 _LEARNS = ("regimes.py", "training.py", "methods.py", "specialists.py", "trivial.py")
 _SPEAKS = ("__main__.py", "report.py", "tables.py", "sheets.py")
 _JUDGES = ("regimes.py", "training.py", "specialists.py", "judges.py")
-JUDGED = "complete"  # the regime that more than pairs are judged on
+JUDGED = ("complete", BOX)  # the regimes that more than pairs are judged on
 _JUDGING_S = 300.0  # of a cell, as long as none was seen
 _FIGURES = ("evaluation/distributions.py", "evaluation/probes.py", "evaluation/metrics.py")
 
@@ -91,13 +94,15 @@ def _digest_of(what: str, method: str = "") -> str:
     names = (*_CORE, *_DATA, *(_SCENE if method in OF_SCENES else ()))
     core = {f for name in names for f in _files(package / name)}
     own = {f.name: f for f in _files(HERE)}
+    bundle = load_manifest(PRETRAINED).bundle_id if method == BOX else ""
     if what == "weights":
-        return code_digest([*core, *(own[n] for n in _LEARNS)])
+        return code_digest([*core, *(own[n] for n in _LEARNS)]) + bundle
     if what == "judges":
         data = [f for name in _DATA for f in _files(package / name)]
         return code_digest([package / "codec.py", *data, *(own[n] for n in _JUDGES)])
     told = [f for n, f in own.items() if n not in _SPEAKS]
-    return code_digest([*core, *(package / n for n in _FIGURES), *told])
+    judged = code_digest([*core, *(package / n for n in _FIGURES), *told])
+    return judged + bundle
 
 
 def _files(path: Path) -> list[Path]:
@@ -199,17 +204,23 @@ class Bench:
 
         def pairs(count: int, steps: int = STEPS) -> dict[str, dict[str, Any]]:
             return evaluate_pairs(
-                method, regime, patches=count, samples=scale.samples, steps=steps, only=only
+                method,
+                regime,
+                patches=count,
+                samples=scale.samples,
+                steps=steps,
+                seed=cell.seed,
+                only=only,
             )
 
         parts: dict[str, Callable[[], Any]] = {"pairs": lambda: pairs(patches)}
-        if isinstance(method, SceneMethod) and cell.regime == JUDGED:
+        if isinstance(method, SceneMethod) and cell.regime in JUDGED:
             few = max(1, patches // 8)
             parts["steps"] = lambda: {
                 str(steps): summary(pairs(few, steps)) for steps in (STEPS, *OTHER_STEPS)
             }
             parts["joint"] = lambda: evaluate_joint(
-                method, regime, self.judges(regime), sets=scale.joint
+                method, regime, self.judges(regime), sets=scale.joint, seed=cell.seed
             )
             parts["downstream"] = lambda: evaluate_downstream(
                 method,
@@ -220,6 +231,10 @@ class Bench:
                 steps=scale.downstream_steps,
                 seed=cell.seed,
             )
+            if cell.method == BOX:  # no other is told of dates
+                parts["season"] = lambda: evaluate_season(
+                    method, regime, places=scale.test_places, seed=cell.seed
+                )
             if method.has_scene:
                 parts["scenes"] = lambda: evaluate_scenes(
                     method, regime, patches=len(regime.test_at), taught=scale.probe_patches
@@ -255,7 +270,7 @@ def run_all(bench: Bench, cells: Sequence[Cell], at_once: int) -> list[dict[str,
     _say(f"{len(cells)} cells, {len(cells) - len(open_)} of them are there: {bench.folder}")
     for name in dict.fromkeys(c.regime for c in open_):
         regime = bench.regime(name)  # prepared once, before many ask for it
-        if name == JUDGED:
+        if name in JUDGED:
             bench.judges(regime)
     judged_s: dict[str, float] = {}
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _one_thread) as pool:

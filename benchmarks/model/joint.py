@@ -26,7 +26,7 @@ OTHER_STEPS = (32,)  # beside those of the product
 
 
 def evaluate_joint(
-    method: SceneMethod, regime: Regime, judges: Judges, *, sets: int
+    method: SceneMethod, regime: Regime, judges: Judges, *, sets: int, seed: int
 ) -> dict[str, Any]:
     """All figures, generated beside real and shuffled.
 
@@ -35,11 +35,12 @@ def evaluate_joint(
         regime: with reference patches.
         judges: of that regime.
         sets: how many to make; as many as the references hold, at most.
+        seed: of the sets that are made; no two have any in common.
     """
     count = min(sets, *map(len, regime.reference_at))
     reference, other = (real_sets(regime, at[:count]) for at in regime.reference_at)
     groups = {
-        "generated": make_sets(method, regime, count),
+        "generated": make_sets(method, regime, count, seed=seed),
         "real": other,
         "shuffled": shuffled(regime, reference),
     }
@@ -52,7 +53,7 @@ def evaluate_joint(
         "steps": {},
     }
     for steps in OTHER_STEPS:
-        made = judges.describe(make_sets(method, regime, count, steps))
+        made = judges.describe(make_sets(method, regime, count, steps, seed=seed))
         record["steps"][str(steps)] = distributions.frechet_distance(expected, made)
     record["steps"][str(STEPS)] = record["features"]["generated"]["frechet"]
     return record
@@ -79,11 +80,13 @@ def real_sets(regime: Regime, positions: Sequence[int]) -> Tensor:
     return regime.codec.encode(collate(patches, regime.modalities))[0]
 
 
-def make_sets(method: SceneMethod, regime: Regime, count: int, steps: int = STEPS) -> Tensor:
+def make_sets(
+    method: SceneMethod, regime: Regime, count: int, steps: int = STEPS, *, seed: int = 0
+) -> Tensor:
     """Generated sets [N, C, H, W], as model space has them after a way through physical units."""
 
     def make(first: int) -> Tensor:
-        seeds = range(first, min(first + _AT_ONCE, count))
+        seeds = range(seed * count + first, seed * count + min(first + _AT_ONCE, count))
         return through_units(regime, method.joint(list(seeds), regime.patch_px, steps))
 
     return torch.cat(list(_in_parallel(make, range(0, count, _AT_ONCE))))

@@ -40,9 +40,9 @@ def key(source: str, target: str) -> str:
     return f"{source}→{target}"
 
 
-def seeds_of(patches: Sequence[Patch], count: int) -> tuple[tuple[int, ...], ...]:
+def seeds_of(patches: Sequence[Patch], count: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     """Seeds that belong to the patch, so that no batch changes a sample."""
-    return tuple(tuple(sample_seeds(count, p.patch_id)) for p in patches)
+    return tuple(tuple(sample_seeds(count, "pairs", seed, p.patch_id)) for p in patches)
 
 
 def ask(
@@ -53,10 +53,11 @@ def ask(
     *,
     samples: int,
     steps: int = STEPS,
+    seed: int = 0,
 ) -> Question:
     """The question that shows one modality of the patches."""
     x, mask = regime.codec.encode(collate(patches, regime.modalities).only(source))
-    return Question(x, mask, source, tuple(targets), seeds_of(patches, samples), steps)
+    return Question(x, mask, source, tuple(targets), seeds_of(patches, samples, seed), steps)
 
 
 def evaluate_pairs(
@@ -66,6 +67,7 @@ def evaluate_pairs(
     patches: int,
     samples: int,
     steps: int = STEPS,
+    seed: int = 0,
     only: tuple[str, str] | None = None,
 ) -> dict[str, Row]:
     """A row of figures for each ordered pair that a held-out patch has.
@@ -76,6 +78,7 @@ def evaluate_pairs(
         patches: that a source is taken from, at most.
         samples: of each patch.
         steps: of samplers that have any.
+        seed: of the samples.
         only: one pair instead of all.
     """
     rows: dict[str, Row] = {}
@@ -89,7 +92,9 @@ def evaluate_pairs(
         found = {t: _Found() for t in targets}
         starts = range(0, len(fit), PATCHES_AT_ONCE)
         batches = [fit[i : i + PATCHES_AT_ONCE] for i in starts]
-        for part in _in_parallel(_scorer(method, regime, source, targets, samples, steps), batches):
+        for part in _in_parallel(
+            _scorer(method, regime, source, targets, samples, steps, seed), batches
+        ):
             for target, (scores, ranks) in part.items():
                 found[target].scores += scores
                 found[target].ranks = found[target].ranks + ranks
@@ -108,10 +113,11 @@ def _scorer(
     targets: Sequence[str],
     samples: int,
     steps: int,
+    seed: int,
 ) -> Callable[[Sequence[Patch]], dict[str, tuple[list[Row], NDArray[np.int64] | int]]]:
     def score(batch: Sequence[Patch]) -> dict[str, tuple[list[Row], NDArray[np.int64] | int]]:
         there = [t for t in targets if any(t in p.layers for p in batch)]
-        question = ask(regime, batch, source, there, samples=samples, steps=steps)
+        question = ask(regime, batch, source, there, samples=samples, steps=steps, seed=seed)
         draws = draws_of(regime, method.answer(question), there)
         scored = {}
         for target in there:
