@@ -69,6 +69,8 @@ def evaluate_season(
         variance = levels.var(-1, ddof=1).reshape(len(chosen), -1).mean(1)
         found[name] = float(np.sqrt(variance.mean()))
         found[f"mean_{name}"] = float(np.sqrt(variance).mean())
+    with np.errstate(invalid="ignore"):  # where nothing moves, there is none
+        correlation = float(np.corrcoef(asked, rendered)[0, 1])
     return {
         **found,
         "spread_share": found["spread"] / found["real_spread"],
@@ -76,7 +78,7 @@ def evaluate_season(
         "moved": float(np.sqrt((asked**2).mean())),
         "real_moved": float(np.sqrt((rendered**2).mean())),
         "moved_share": float((asked * rendered).sum() / (rendered**2).sum()),
-        "moved_correlation": float(np.corrcoef(asked, rendered)[0, 1]),
+        "moved_correlation": correlation,
         "places": len(chosen),
     }
 
