@@ -101,8 +101,7 @@ def _digest_of(what: str, method: str = "") -> str:
         data = [f for name in _DATA for f in _files(package / name)]
         return code_digest([package / "codec.py", *data, *(own[n] for n in _JUDGES)])
     told = [f for n, f in own.items() if n not in _SPEAKS]
-    judged = code_digest([*core, *(package / n for n in _FIGURES), *told])
-    return judged + bundle
+    return code_digest([*core, *(package / n for n in _FIGURES), *told]) + bundle
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,4 +1,5 @@
-"""What is learnt from and judged on: three regimes of data, and a control of the second.
+"""What is learnt from and judged on: three regimes of data, a control of the second, and a planet
+for the bundle in the box.
 
 Places of the synthetic Earth that no training sees are judged on; real rasters are split by the
 project's own rule. A regime that hides modalities is a store of its own: an index without the

@@ -224,13 +224,11 @@ def _unseen(results: Results) -> str:
 
 
 def _sets(results: Results) -> str:
-    sources = [("complete", f"`{m}`", m, "generated") for m in (OURS, JOINT)]
+    generated = [("complete", OURS), ("complete", JOINT), (BOX, BOX)]
+    sources = [(r, f"`{m}`", m, "generated") for r, m in generated]
     for regime, method in (("complete", OURS), (BOX, BOX)):
-        sources += [(BOX, f"`{BOX}`", BOX, "generated")] if regime == BOX else []
-        sources += [
-            (regime, "real, other places", method, "real"),
-            (regime, "real, shuffled", method, "shuffled"),
-        ]
+        sources.append((regime, "real, other places", method, "real"))
+        sources.append((regime, "real, shuffled", method, "shuffled"))
     columns = ("frechet", "kernel", "one_nn_accuracy", "precision", "recall", "pairwise_distance")
     rows = []
     for regime, title, method, group in sources:
@@ -246,7 +244,7 @@ def _sets(results: Results) -> str:
         return ""
     head = ["sets from nothing", "Fréchet", "kernel", "1-NN", "precision", "recall", "distance"]
     steps = []
-    for regime, method in (("complete", OURS), ("complete", JOINT), (BOX, BOX)):
+    for regime, method in generated:
         for count in map(str, sorted((*OTHER_STEPS, STEPS))):
             distance = results.of(regime, method, "joint", "steps", count)
             psnr = results.of(regime, method, "steps", count, PSNR)
@@ -306,7 +304,7 @@ def _scene_of(results: Results, regime: str, method: str) -> str:
     radar = ("pairs", key(SAR, RGB))
     head = ["cells of 8 px, accuracy %", "linear 1 %", "10 %", "100 %", "k-NN 1 %", "10 %", "100 %"]
     return table(head, rows) + (
-        f"\n\nScene from colour, nearest scene from radar: "
+        f"\n\n`{method}`: scene from colour, nearest scene from radar: "
         f"{shown(of('scenes', 'retrieval', 'rgb_to_sar_top1'))} of places are the same (chance "
         f"{shown(of('scenes', 'retrieval', 'chance'), 3)}). Colour from radar: truth lies within "
         f"the samples' central interval in {shown(of(*radar, 'coverage'))} of pixels (calibrated: "

@@ -17,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from mm_model.errors import MMError, ServiceError, StorageError
 from mm_model.serving.batching import ModelSource
 from mm_model.serving.drift import InputDrift, Observed
 
@@ -32,6 +33,8 @@ Gather = Callable[[], Awaitable[Mapping[str, Snapshot]]]
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 _STAGE_SECONDS = (0.001, 0.005, 0.01, *_SECONDS)
+FAULTS = (MMError.code, ServiceError.code, StorageError.code)
+"""Outcomes of jobs that are the endpoint's fault, and not what was sent."""
 _JOB_SECONDS = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 
@@ -103,6 +106,8 @@ class Metrics:
             buckets=_JOB_SECONDS,
             registry=registry,
         )
+        for code in FAULTS:  # Prometheus sees no increase in a series that begins with its first
+            self.job_seconds.labels(code)
         self.decoders_replaced = Gauge(
             "mm_decoders_replaced",
             "Decoders that died, were killed, or were replaced in turn",

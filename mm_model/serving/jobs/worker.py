@@ -127,9 +127,7 @@ class Worker:
             shutil.rmtree(folder, ignore_errors=True)
             if self._ending.is_set():
                 self._store.release(job)
-            else:
-                self._ended("cancelled", began)
-            self._clean(job)
+            self._lost(job, began)
             return
         except MMError as error:
             outcome = error
@@ -138,15 +136,15 @@ class Worker:
             outcome = MMError(f"internal error ({type(error).__name__})")
         if isinstance(outcome, MMError):
             shutil.rmtree(folder, ignore_errors=True)
-        self._ended(outcome.code if isinstance(outcome, MMError) else "done", began)
         size = sum(p.stat().st_size for p in folder.glob("*")) if folder.is_dir() else 0
         if self._store.finish(job, outcome, size, keep_s):
+            self._ended(outcome.code if isinstance(outcome, MMError) else "done", began)
             # What was sent, and what attempts have left whose process was killed.
             for other in set(place.glob("*")) - {folder}:
                 shutil.rmtree(other, ignore_errors=True)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            self._clean(job)
+            self._lost(job, began)
 
     def _tell(self) -> None:
         """How many jobs there are, for who looks at the figures."""
@@ -158,9 +156,10 @@ class Worker:
     def _ended(self, outcome: str, began: float) -> None:
         self._counted.job_seconds.labels(outcome).observe(time.monotonic() - began)
 
-    def _clean(self, job: Job) -> None:
-        """Remove what a job that was deleted has left."""
+    def _lost(self, job: Job, began: float) -> None:
+        """A job that is held no more: where it was deleted, remove what it has left."""
         if self._store.get(job.id) is None:
+            self._ended("cancelled", began)
             shutil.rmtree(self._folder / job.id, ignore_errors=True)
 
     def _sweep(self) -> None:

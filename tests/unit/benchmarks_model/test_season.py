@@ -40,6 +40,7 @@ def test_season_is_measured_against_days_of_the_same_places(regime):
     for name in ("real_spread", "mean_real_spread", "real_moved"):
         assert one[name] == other[name] > 0
     assert one["spread"] != other["spread"]
+    assert one["moved"] > 0.01  # the dates reach the model
     assert one["spread_share"] == pytest.approx(one["spread"] / one["real_spread"])
 
 

@@ -31,7 +31,7 @@ from mm_model.serving.app import build_app
 from mm_model.serving.batching import Served
 from mm_model.serving.drift import LEAST_LAYERS
 from mm_model.serving.jobs.routes import JobsPlace
-from mm_model.serving.metrics import Metrics
+from mm_model.serving.metrics import FAULTS, Metrics
 
 MONITORING = Path(__file__).parents[3] / "infra/monitoring"
 DASHBOARD = MONITORING / "grafana/dashboards/endpoint.json"
@@ -58,6 +58,7 @@ def own_metrics() -> Mapping[str, frozenset[str]]:
 
 
 async def _closed(app: FastAPI) -> None:
+    """Ends its threads: a process that ends while one of them computes is aborted."""
     async with app.router.lifespan_context(app):
         pass
 
@@ -238,3 +239,17 @@ def test_dashboard_draws_every_panel_from_the_provisioned_source() -> None:
         "providers"
     ][0]
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
+
+
+def test_a_first_fault_of_a_job_raises_its_alarm():
+    """Prometheus sees no increase in a series that begins with the first event."""
+    (rule,) = (r for r in rules() if r["alert"] == "JobsFailing")
+    (named,) = re.findall(r'outcome=~"([a-z_|]+)"', rule["expr"])
+    assert set(named.split("|")) == set(FAULTS)
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for family in Metrics().snapshot(make_source(max_side_px=64))
+        for sample in family.samples
+        if sample.name == "mm_job_seconds_count"
+    }
+    assert counted == dict.fromkeys(FAULTS, 0.0)
