@@ -34,7 +34,7 @@ def write(name: str, figures: Mapping[str, float], notes: Mapping[str, str]) -> 
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in VERSIONS_OF},
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "tree": "clean" if not _git("status", "--porcelain", "-uno") else "with changes",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -46,6 +46,11 @@ def merge(name: str, figures: Mapping[str, float], notes: Mapping[str, str]) -> 
     path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text()) if path.is_file() else {"figures": {}, "notes": {}}
     write(name, {**old["figures"], **figures}, {**old["notes"], **notes})
+
+
+def commit() -> str:
+    """What is checked out."""
+    return _git("rev-parse", "--short", "HEAD")
 
 
 def machine() -> dict[str, Any]:

@@ -40,7 +40,8 @@ def main() -> None:
     ]
     if not arguments.report:
         run_all(bench, cells, os.cpu_count() or 1)
-    write_report(bench, cells, publish=not arguments.small and not arguments.dry)
+    publish = not arguments.small and not arguments.dry
+    write_report(bench, cells, publish=publish, any_code=arguments.any_code)
 
 
 def _parse() -> argparse.Namespace:
@@ -60,9 +61,10 @@ def _parse() -> argparse.Namespace:
     add("--seeds", type=int, default=3)
     add("--regimes", type=several(regimes.NAMES), default=list(regimes.NAMES), metavar="A,B")
     add("--methods", type=several(methods), default=list(methods), metavar="A,B")
-    add("--patches", type=int, help="held-out patches for the pairs (96)")
+    add("--patches", type=int, help="held-out patches for the pairs (48)")
     add("--small", action="store_true", help="little of everything, to see that it runs")
     add("--report", action="store_true", help="run nothing, report what is there")
+    add("--any-code", action="store_true", help="report cells of older code, too, by their commit")
     add("--dry", action="store_true", help="write the report below the folder only")
     add("--folder", type=Path, default=record.ROOT / "build" / "bench-model")
     return parser.parse_args()

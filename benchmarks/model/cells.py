@@ -46,7 +46,7 @@ _CORE = (
 _SCENE = ("nn", "generative", "training")
 _DATA = ("data/sources", "data/stats.py")
 _LEARNS = ("regimes.py", "training.py", "methods.py", "specialists.py", "trivial.py")
-_SPEAKS = ("__main__.py", "report.py", "tables.py", "sheets.py")
+_SPEAKS = ("__main__.py", "report.py", "measures.py", "tables.py", "sheets.py")
 _JUDGES = ("regimes.py", "training.py", "specialists.py", "judges.py")
 JUDGED = ("complete", BOX)  # the regimes that more than pairs are judged on
 _JUDGING_S = 300.0  # of a cell, as long as none was seen
@@ -142,13 +142,14 @@ class Bench:
         name = f"judges-{regime.name}-{steps}-{_digest_of('judges')[:12]}.safetensors"
         return open_judges(regime, steps, self.data / name)
 
-    def find(self, cell: Cell) -> dict[str, Any] | None:
-        """The record of a cell, if it is there and of this code."""
+    def find(self, cell: Cell, *, any_code: bool = False) -> dict[str, Any] | None:
+        """The record of a cell, if it is there and of this code, or of any."""
         file = self._file(cell)
         if not file.is_file():
             return None
         found: dict[str, Any] = json.loads(file.read_text())
-        return found if found["digest"] == _digest_of("record", cell.method) else None
+        is_of_this = found["digest"] == _digest_of("record", cell.method)
+        return found if any_code or is_of_this else None
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell, made if it is not there."""
@@ -159,6 +160,7 @@ class Bench:
         made = {
             "cell": asdict(cell),
             "digest": _digest_of("record", cell.method),
+            "commit": record.commit(),
             "minutes": self.minutes,
             "effort": asdict(effort),
             "parameters": sum(p.numel() for p in method.module.parameters()),
@@ -187,6 +189,11 @@ class Bench:
             partial.replace(file)
         method.module.eval()
         return method, effort
+
+    def has_weights(self, cell: Cell) -> bool:
+        """Whether what a cell learnt is there, and of this code."""
+        file = self.weights(cell)
+        return file.is_file() and _about(file)["digest"] == _digest_of("weights", cell.method)
 
     def weights(self, cell: Cell) -> Path:
         """The file of what a cell learnt."""
@@ -249,14 +256,17 @@ class Bench:
 
 def _load(file: Path, method: Method, digest: str) -> Effort | None:
     """Fill a method from a file, if that is there and of this code."""
-    if not file.is_file():
+    if not file.is_file() or (about := _about(file))["digest"] != digest:
         return None
     with safe_open(file, framework="pt") as content:
-        about = json.loads(content.metadata()["about"])
-        if about["digest"] != digest:
-            return None
         method.module.load_state_dict({n: content.get_tensor(n) for n in content.keys()})  # noqa: SIM118
     return Effort(**about["effort"])
+
+
+def _about(file: Path) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as content:
+        about: dict[str, Any] = json.loads(content.metadata()["about"])
+    return about
 
 
 def run_all(bench: Bench, cells: Sequence[Cell], at_once: int) -> list[dict[str, Any]]:

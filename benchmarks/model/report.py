@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks import record
-from benchmarks.model import sheets
+from benchmarks.model import measures, sheets
 from benchmarks.model.cells import Bench, Cell
 from benchmarks.model.joint import OTHER_STEPS
 from benchmarks.model.methods import STEPS
@@ -17,19 +17,24 @@ from mm_model.data.files import write_atomically
 
 OURS, JOINT = "ours", "no_scene"
 SPLIT = ("unet_split", "pix2pix_split")
+MAKERS = (("complete", OURS), ("complete", JOINT), (BOX, BOX))
+"""Regime and method of whoever makes sets from nothing."""
 PSNR, MIOU = "pairs_psnr_of_mean_db", "pairs_miou_of_mean"
 IMAGES = record.ROOT / "docs" / "images"
 
 
-def write_report(bench: Bench, cells: Sequence[Cell], *, publish: bool) -> None:
+def write_report(
+    bench: Bench, cells: Sequence[Cell], *, publish: bool, any_code: bool = False
+) -> None:
     """Write report.md and its pictures below the bench's folder.
 
     Args:
         bench: whose records are read; cells without one are left out.
         cells: what to report.
+        any_code: take records of older code, too; the report names their commits.
         publish: also write benchmarks/results/model.json, the page and docs/images.
     """
-    found = [r for c in cells if (r := bench.find(c)) is not None]
+    found = [r for c in cells if (r := bench.find(c, any_code=any_code)) is not None]
     if not found:
         print("nothing to report: no cell is there")
         return
@@ -153,12 +158,15 @@ def markdown(bench: Bench, results: Results, pictures: Sequence[str]) -> str:
         f"brackets of one sample.",
         _overview(results),
         _by_pair(results),
+        measures.by_target(results),
         _unseen(results),
         _sets(results),
+        measures.distributions(results, MAKERS),
         _season(results),
         _scene(results),
         _downstream(results),
         _behind(results),
+        _made_at(results),
         *(f"![{p}]({p})" for p in pictures),
     ]
     return "\n\n".join(s for s in sections if s)
@@ -224,8 +232,7 @@ def _unseen(results: Results) -> str:
 
 
 def _sets(results: Results) -> str:
-    generated = [("complete", OURS), ("complete", JOINT), (BOX, BOX)]
-    sources = [(r, f"`{m}`", m, "generated") for r, m in generated]
+    sources = [(r, f"`{m}`", m, "generated") for r, m in MAKERS]
     for regime, method in (("complete", OURS), (BOX, BOX)):
         sources.append((regime, "real, other places", method, "real"))
         sources.append((regime, "real, shuffled", method, "shuffled"))
@@ -244,7 +251,7 @@ def _sets(results: Results) -> str:
         return ""
     head = ["sets from nothing", "Fréchet", "kernel", "1-NN", "precision", "recall", "distance"]
     steps = []
-    for regime, method in generated:
+    for regime, method in MAKERS:
         for count in map(str, sorted((*OTHER_STEPS, STEPS))):
             distance = results.of(regime, method, "joint", "steps", count)
             psnr = results.of(regime, method, "steps", count, PSNR)
@@ -323,13 +330,12 @@ def _downstream(results: Results) -> str:
         "gap_filled_miou": "… NIR generated from colour",
         "gap_left_miou": "… NIR left empty",
     }
-    columns = (("complete", OURS), ("complete", JOINT), (BOX, BOX))
     rows = [
-        [title, *(shown(results.of(r, m, "downstream", k), 3) for r, m in columns)]
+        [title, *(shown(results.of(r, m, "downstream", k), 3) for r, m in MAKERS)]
         for k, title in titles.items()
         if results.of("complete", OURS, "downstream", k)
     ]
-    head = ["segmentation, mIoU", *(f"{r}: `{m}`" for r, m in columns)]
+    head = ["segmentation, mIoU", *(f"{r}: `{m}`" for r, m in MAKERS)]
     return table(head, rows) if rows else ""
 
 
@@ -349,6 +355,17 @@ def _behind(results: Results) -> str:
     if not lines:
         return "No other method is better than ours in any pair of any regime."
     return "**Where ours does not help.** Another method is better in: " + "; ".join(lines) + "."
+
+
+def _made_at(results: Results) -> str:
+    """Which regimes were run at which commit, if not all at one."""
+    regimes: dict[str, dict[str, None]] = {}
+    for found in results.records:
+        regimes.setdefault(found["commit"], {})[found["cell"]["regime"]] = None
+    if len(regimes) < 2:
+        return ""
+    runs = "; ".join(f"{', '.join(names)} at {commit}" for commit, names in regimes.items())
+    return f"Not all were run at one commit: {runs}."
 
 
 def _reader(

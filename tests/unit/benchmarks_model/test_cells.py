@@ -9,6 +9,7 @@ from bench_fixtures import make_regime
 
 from benchmarks.model import cells
 from benchmarks.model.cells import Bench, Cell, code_digest, run_all
+from benchmarks.model.measures import distributions
 from benchmarks.model.regimes import SMALL
 from benchmarks.model.report import headline, markdown
 from benchmarks.model.tables import Results, flat, mean, minus, over, spread
@@ -50,6 +51,8 @@ def test_a_cell_is_reused_and_a_changed_digest_reruns_it(bench, monkeypatch):
         lambda what, method="": original(what, method) + "x" * (what == "record"),
     )
     assert bench.find(cell) is None
+    assert bench.find(cell, any_code=True)["digest"] == first["digest"]
+    assert bench.has_weights(cell)
     judged_again = bench.run(cell)
     assert file.stat().st_mtime_ns > written
     # Judging changed, training did not: the weights are those that were there.
@@ -57,6 +60,7 @@ def test_a_cell_is_reused_and_a_changed_digest_reruns_it(bench, monkeypatch):
     assert judged_again["pairs"] == first["pairs"]
 
     monkeypatch.setattr(cells, "_digest_of", lambda *of: original(*of) + "y")
+    assert not bench.has_weights(cell)
     assert bench.run(cell)["effort"] != first["effort"]
 
 
@@ -87,3 +91,40 @@ def test_a_report_needs_no_more_than_what_is_there(bench):
     text = markdown(bench, results, [])
     assert "nearest_colour" in text
     assert "nan" not in text.lower()
+
+
+def test_errors_stand_in_their_unit_and_runs_of_two_commits_are_told_apart(bench):
+    records = [bench.run(Cell("complete", m, 0)) for m in ("mean", "nearest_colour")]
+    text = markdown(bench, Results(records), [])
+    to_radar = [p for p in records[0]["pairs"] if p.endswith("→sar")]
+    errors = [np.mean([r["pairs"][p]["mae_of_mean"] for p in to_radar]) for r in records]
+    line = next(x for x in text.splitlines() if x.startswith("| → sar: mean absolute error, dB"))
+    assert [float(c) for c in line.split("|")[2:4]] == pytest.approx(errors, abs=0.006)
+    assert "→ map: accuracy" in text
+    assert "→ rgb: spectral angle" in text
+    assert "→ nir: spectral angle" not in text
+    assert "one commit" not in text
+
+    records[1] |= {"commit": "0123abc"}
+    assert "complete at 0123abc" in markdown(bench, Results(records), [])
+
+
+def test_values_and_spectra_of_sets_stand_beside_the_real_ones():
+    def of(values, spectrum):
+        about = {
+            "bands": ["VV"],
+            "unit": "dB",
+            "wasserstein": [values],
+            "spectrum_log10": [spectrum],
+        }
+        return {"sar": about}
+
+    made = {"pixels": {"generated": of(1.25, 0.5), "real": of(0.25, 0.125)}}
+    cell = {"regime": "box", "method": "box", "seed": 0}
+    results = Results([{"cell": cell, "joint": made}])
+    text = distributions(results, [("complete", "ours"), ("box", "box")])
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[:4]]
+    assert lines[0] == ["sets from nothing", "box: `box`", "box: real, other places"]
+    assert lines[2] == ["sar VV: values, dB", "1.25", "0.25"]
+    assert lines[3] == ["sar VV: spectrum, log10", "0.500", "0.125"]
+    assert distributions(results, [("complete", "ours")]) == ""
