@@ -167,6 +167,10 @@ class Origin(Record):
     model_version: str
     run_id: str = Field(description="MLflow run that trained it; empty if there is none")
     observed: tuple[str, ...] = Field(description="modalities that were given")
+    estimated_bands: tuple[str, ...] = Field(
+        default=(),
+        description="bands of them that a file lacked, as `sar:VH`: estimated from its others",
+    )
     conditions: Conditions = Field(
         default=NOTHING, description="what was known besides; what the grid tells is in it"
     )
@@ -177,6 +181,7 @@ class Origin(Record):
             "model_version": "X-Model-Version",
             "run_id": "X-Run-Id",
             "observed": "X-Observed",
+            "estimated_bands": "X-Estimated-Bands",
             "conditions": "X-Conditions",
         }
     )
@@ -189,21 +194,22 @@ class Origin(Record):
     def from_headers(cls, headers: Mapping[str, str]) -> Self:
         """Read back what `headers` wrote; raises pydantic.ValidationError if it is not whole."""
         found: dict[str, object] = {n: headers.get(header) for n, header in cls.HEADERS.items()}
-        for name in {"observed", "targets"} & found.keys():
+        for name in {"observed", "estimated_bands", "targets"} & found.keys():
             found[name] = tuple(_items(found[name]))
         known = (item.partition("=")[::2] for item in _items(found["conditions"]))
         return cls.model_validate({**found, "conditions": parse_conditions(dict(known))})
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self:
-        """Read back what `tags` wrote; GDAL drops those that are empty."""
+        """Read back what `tags` wrote."""
         return cls.from_headers(
             {h: tags.get(f"MM_{name.upper()}", "") for name, h in cls.HEADERS.items()}
         )
 
     def tags(self) -> dict[str, str]:
-        """The tags that a GeoTIFF carries."""
-        return {f"MM_{name.upper()}": _text(getattr(self, name)) for name in self.HEADERS}
+        """The tags that a GeoTIFF carries; GDAL would drop those that are empty."""
+        said = {f"MM_{name.upper()}": _text(getattr(self, name)) for name in self.HEADERS}
+        return {name: text for name, text in said.items() if text}
 
 
 class Provenance(Origin):

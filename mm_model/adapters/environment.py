@@ -126,6 +126,8 @@ def service_environment() -> dict[str, str]:
         # Of each log of Ray, and of each replica's: a file of this size and two old ones.
         "RAY_ROTATION_MAX_BYTES": str(32 * 2**20),
         "RAY_ROTATION_BACKUP_COUNT": "2",
+        # Ray would have replicas yield to every other process; what works for hours `give_way`s.
+        "RAY_worker_niceness": "0",
         # Threads that wait must not spin: training, evaluation and replicas share the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
@@ -140,6 +142,11 @@ def replica_environment() -> dict[str, str]:
     """
     kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
     return service_environment() | {k: os.environ.get(k, value) for k, value in kept.items()}
+
+
+def give_way() -> None:
+    """Leave the cores to whoever answers people; for processes that work for hours."""
+    os.nice(10)
 
 
 def enter() -> None:

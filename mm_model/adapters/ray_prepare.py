@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from mm_model.adapters import environment
 from mm_model.adapters.ray_cluster import cluster
 from mm_model.data.parts import Make, Run, in_this_process
 from mm_model.errors import MMError, ServiceError
@@ -94,6 +95,7 @@ class _Worker:
     """One process that makes parts, then chunks."""
 
     def __init__(self, folder: Path) -> None:
+        environment.give_way()
         os.chdir(folder)  # relative paths mean what they mean to who started the work
         self._shared: Any = None
         self._make: Make[Any] | None = None

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mm_model.adapters import environment
 from mm_model.adapters.mlflow_reporter import Journal
 from mm_model.adapters.ray_cluster import cluster
 from mm_model.bundle import load_bundle
@@ -124,6 +125,7 @@ def _work_in_ray(job: Job) -> NonFiniteLossError | None:
     import ray.train
     import ray.train.torch
 
+    environment.give_way()
     context = ray.train.get_context()
     world = context.get_world_size()
     if not job.config.gpus_per_worker:

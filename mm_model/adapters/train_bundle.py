@@ -25,7 +25,7 @@ from mm_model.data.split import TRAIN, VALIDATION, load_split
 from mm_model.data.store import PatchStore
 from mm_model.errors import ConfigError
 from mm_model.pretrained import NAME, PRETRAINED
-from mm_model.training.start import check_start, join_statistics, merge_sets
+from mm_model.training.start import check_start, join_correlations, join_statistics, merge_sets
 
 _SHOWN = 6  # held-out patches in a picture sheet
 _FINISHED = "finished"
@@ -125,7 +125,8 @@ def make_job(params: Params, folder: Path) -> Job:
     fingerprint = _fingerprint(params, files, begun.bundle_id if begun else None)
     positions, modalities = splits[TRAIN], params.selected
     if begun:
-        modalities, statistics = begun.modalities, begun.statistics
+        modalities = begun.modalities
+        statistics = join_correlations(begun.statistics, measured)
     if begun and (add := params.train.add):
         modalities = (*modalities, next(m for m in params.selected if m.name == add))
         statistics = join_statistics(statistics, measured, add)

@@ -312,6 +312,7 @@ def _origin(folder: Path, loaded: Bundle, prepared: Aligned) -> dict[str, Any]:
         "model_version": loaded.manifest.bundle_id[:12],
         "run_id": str(loaded.manifest.provenance.get("mlflow_run_id") or ""),
         "observed": tuple(prepared.observed),
+        "estimated_bands": prepared.estimated,
         "conditions": prepared.conditions,
     }
 

@@ -20,6 +20,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # what PROJ's complaints are; it has no public name
 from rasterio.abc import FileContainer
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
@@ -228,6 +229,13 @@ def write_geotiff(
     return None
 
 
+def say_colors(dataset: Any, band_names: Sequence[str]) -> None:
+    """Which bands are red, green and blue, where all three are there; before pixels are written."""
+    if {"red", "green", "blue"} <= set(band_names):
+        kinds = {kind.name: kind for kind in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)}
+        dataset.colorinterp = [kinds.get(name, ColorInterp.undefined) for name in band_names]
+
+
 def encode_geotiff(
     values: NDArray[np.generic],
     grid: Grid,
@@ -253,6 +261,7 @@ def encode_geotiff(
     }
     with quiet(), MemoryFile() as memory:
         with memory.open(**profile) as dataset:
+            say_colors(dataset, band_names)
             dataset.write(values)
             dataset.descriptions = tuple(band_names)
             dataset.units = [unit] * len(band_names)

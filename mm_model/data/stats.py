@@ -126,7 +126,8 @@ def compute_statistics(
         quantiles and the constants of its transform (or, for classes, the count of each code);
         and the sets of modalities that occur together. A band that is split into level and relief
         has the constants of its level (centre and scale are those of the values), and those of
-        its relief as `relief`.
+        its relief as `relief`. A modality of several bands has their `correlation`, of transformed
+        values: what a file without one of them is completed with.
 
     Raises:
         DataError: there is no patch, or a modality has no valid pixel.
@@ -174,16 +175,23 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
     constants = [_transform_constants(modality.transform, s) for s in summaries[:bands]]
     constants += [(0.0, _half_spread(s, _LEAST_RELIEF_SCALE)) for s in summaries[bands:]]
     transformed = [Moments() for _ in constants]
+    products = np.zeros((bands, bands))
     for layer in layers_of(store, positions, modality):
-        for i, channel in enumerate(_channels(layer, modality)):
-            mapped = modality.transform.forward(channel, *constants[i], xp=np)
-            transformed[i] = transformed[i].merge(Moments.of(mapped))
+        mapped = np.stack(
+            [
+                modality.transform.forward(channel, *constant, xp=np)
+                for channel, constant in zip(_channels(layer, modality), constants, strict=True)
+            ]
+        )
+        transformed = [m.merge(Moments.of(x)) for m, x in zip(transformed, mapped, strict=True)]
+        products += mapped[:bands] @ mapped[:bands].T
     records = [
         {"scale": scale, "transformed_mean": moments.mean, "transformed_std": moments.std}
         for (_, scale), moments in zip(constants, transformed, strict=True)
     ]
     return {
         "pixels": summaries[0].moments.count,
+        **({"correlation": _correlation(products, transformed[:bands])} if bands > 1 else {}),
         "bands": [
             {
                 "name": name,
@@ -201,6 +209,16 @@ def _of_modality(store: PatchStore, positions: Sequence[int], modality: Modality
             )
         ],
     }
+
+
+def _correlation(products: NDArray[np.float64], moments: Sequence[Moments]) -> list[list[float]]:
+    """Of bands, from the sum of their outer products over all pixels."""
+    means, deviations = np.array([(m.mean, m.std) for m in moments]).T
+    covariance = products / moments[0].count - np.outer(means, means)
+    scale = np.outer(deviations, deviations)
+    found = np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0)
+    np.fill_diagonal(found, 1)
+    return np.clip(found, -1, 1).tolist()  # type: ignore[no-any-return]
 
 
 def layers_of(store: PatchStore, positions: Sequence[int], modality: Modality) -> Iterable[Layer]:

@@ -180,6 +180,7 @@ class CogWriter:
                 interleave="band",
                 bigtiff="if_safer",
             )
+        raster.say_colors(self._dataset, band_names)
         self._dataset.descriptions = tuple(band_names)
         self._dataset.units = tuple(units)
         if colors and len(band_names) == 1:

@@ -470,6 +470,7 @@ def _origin(served: Served, prepared: Aligned) -> dict[str, Any]:
         "model_version": served.identity.version,
         "run_id": served.identity.run_id,
         "observed": tuple(prepared.observed),
+        "estimated_bands": prepared.estimated,
         "conditions": prepared.conditions,
     }
 

@@ -17,9 +17,9 @@ from mm_model.api import each
 from mm_model.data import raster
 from mm_model.data.strips import COPY_BLOCK_PX, strips, write_copy
 from mm_model.modalities import Modality
+from mm_model.serving.bands import bands_of
 from mm_model.serving.decoders import Decoder, FileDecoder
 from mm_model.serving.generator import Generator
-from mm_model.serving.layers import bands_of
 from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.uploads import check_header, check_signature, read_headers, whole_file

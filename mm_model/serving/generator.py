@@ -26,6 +26,7 @@ from mm_model.generative.windows import STRIDE, distance
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
 from mm_model.scene import Scene
+from mm_model.serving.bands import complete_bands, estimated_bands
 from mm_model.serving.layers import (
     ObservedLayer,
     check_layer,
@@ -154,6 +155,12 @@ class Generator:
             )
         return self.modalities[name]
 
+    def completed(
+        self, name: str, values: NDArray[np.generic], missing: Sequence[str]
+    ) -> NDArray[np.generic]:
+        """A layer's bands [known, ...] with those that a file lacks; see `bands.complete_bands`."""
+        return complete_bands(values, missing, self.modalities[name], self.manifest.statistics)
+
     def check_side(self, what: str, grid: Grid) -> None:
         """Raise TooLargeError if a grid is longer than allowed on a side."""
         if max(grid.shape) > self.max_side_px:
@@ -266,7 +273,13 @@ class Generator:
             for name, of_it in layers.items()
         }
         known = [valid for _, valid in observed.values()] or [np.ones(grid.shape, np.bool_)]
-        return Aligned(grid, observed, np.logical_or.reduce(known), complete(conditions, grid))
+        return Aligned(
+            grid,
+            observed,
+            np.logical_or.reduce(known),
+            complete(conditions, grid),
+            estimated_bands({n: [y.estimated for y in of_it] for n, of_it in layers.items()}),
+        )
 
     def _check_scene(self, grid: Grid) -> None:
         self.check_side("grid", grid)

@@ -37,19 +37,13 @@ class ObservedLayer:
     Attributes:
         values: [bands, H, W] in physical units, or class codes.
         valid: bool [H, W]; what an invalid pixel holds means nothing.
+        estimated: bands that the file lacks; see `bands.complete_bands`.
     """
 
     values: NDArray[np.generic]
     valid: NDArray[np.bool_]
     grid: Grid
-
-
-def bands_of(header: raster.RasterHeader, modality: Modality) -> Sequence[str] | None:
-    """Names of a modality's bands in a file that names them all, in whatever order and beside
-    whatever else; None where they go by their order.
-    """
-    by_name = all(header.band_names.count(name) == 1 for name in modality.band_names)
-    return modality.band_names if by_name else None
+    estimated: tuple[str, ...] = ()
 
 
 def in_units(
@@ -86,13 +80,21 @@ def check_layer(name: str, modality: Modality, layer: ObservedLayer) -> None:
     check_values(name, modality, layer.values[:, layer.valid])
 
 
-def check_values(name: str, modality: Modality, known: NDArray[np.generic]) -> None:
+def check_values(
+    name: str, modality: Modality, known: NDArray[np.generic], bands: Sequence[str] = ()
+) -> None:
     """Check known values [bands, n] against what the modality's unit allows.
+
+    Args:
+        name: what errors call it.
+        modality: what it should be.
+        known: the values.
+        bands: their names; all of the modality's, without.
 
     Raises:
         LayerError: they are not what the modality is; it says what they look like.
     """
-    for band, values in zip(modality.band_names, known, strict=True):
+    for band, values in zip(bands or modality.band_names, known, strict=True):
         if modality.is_categorical:
             _check_classes(name, modality, values)
         else:
@@ -100,7 +102,11 @@ def check_values(name: str, modality: Modality, known: NDArray[np.generic]) -> N
 
 
 def check_offset(
-    name: str, modality: Modality, found: raster.RasterHeader, known: NDArray[np.generic]
+    name: str,
+    modality: Modality,
+    found: raster.RasterHeader,
+    known: NDArray[np.generic],
+    bands: Sequence[str] = (),
 ) -> None:
     """Refuse reflectance that still has the offset of Sentinel-2's numbers, 1000, in it.
 
@@ -113,6 +119,7 @@ def check_offset(
         modality: what it should be.
         found: header of the file.
         known: values [bands, n] in physical units, the least of each band among them.
+        bands: their names; all of the modality's, without.
 
     Raises:
         LayerError: it looks so, and neither an offset nor the tag BOA_ADD_OFFSET is declared.
@@ -123,7 +130,9 @@ def check_offset(
     least = known.min(axis=1)
     baseline = found.tags.get("PROCESSING_BASELINE", "")
     told = re.fullmatch(r"\d\d\.\d\d", baseline) and baseline >= _RAISED_SINCE
-    visible = [k for k, b in enumerate(modality.bands) if (b.center_nm or np.inf) < _VISIBLE_NM]
+    wavelengths = {b.name: b.center_nm or np.inf for b in modality.bands}
+    names = bands or modality.band_names
+    visible = [k for k, band in enumerate(names) if wavelengths[band] < _VISIBLE_NM]
     low, high = _RAISED_DARKEST
     looks = (
         np.dtype(found.dtype).kind in "iu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from mm_model.generative.windows import Frame
 from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX, Modality
 from mm_model.scene import Scene
+from mm_model.serving.bands import bands_of, estimated_bands, missing_bands
 from mm_model.serving.generator import Generator
 from mm_model.serving.layers import (
-    bands_of,
     check_offset,
     check_overlap,
     check_values,
@@ -54,12 +54,23 @@ class _File:
     header: raster.RasterHeader
     place: tuple[int, int] | None
 
+    @property
+    def bands(self) -> Sequence[str]:
+        """Names of the modality's bands that it has."""
+        return bands_of(self.header, self.modality) or self.modality.band_names
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of those that it lacks."""
+        return missing_bands(self.header, self.modality)
+
 
 class ObservedFiles:
     """Layers as people have them, each with its own CRS, resolution, extent and holes.
 
     Attributes:
         grid: of the finest layer, or of the one that was named.
+        estimated: bands that a file lacks, as `sar:VH`.
 
     Args:
         files: modality name → GeoTIFF, or several in turn (see `overlay`); one or more, and any
@@ -98,6 +109,10 @@ class ObservedFiles:
                 _File(label, path, generator.modality(name), header, place)
                 for (label, path), header, place in one_by_one
             ]
+        self.estimated = estimated_bands(
+            {name: [file.missing for file in of_it] for name, of_it in self._layers.items()}
+        )
+        self._generator = generator
         self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
         self._whole: set[str] = set()  # labels of files that know all of their own pixels
         every = [file for of_it in self._layers.values() for file in of_it]
@@ -163,19 +178,24 @@ class ObservedFiles:
             size = down.stop - down.start, across.stop - across.start
             begin = down.start - file.place[0], across.start - file.place[1]
             below = slice(down.start - row, down.stop - row)
-            return put(_pixels(file, (*begin, *size)), below, across, rows, width)
+            return put(self._whole_pixels(file, (*begin, *size)), below, across, rows, width)
         values, valid = _nothing(file.modality, rows, width)
         for piece, window in windows_below(source, strip, file.label):
             top, left, height, wide = piece
             inside = slice(top, top + height), slice(left, left + wide)
             values[:, *inside], valid[inside] = resample(
-                *_pixels(file, window),
+                *self._whole_pixels(file, window),
                 source.window(*window),
                 strip.window(*piece),
                 file.modality,
                 exact=True,
             )
         return values, valid
+
+    def _whole_pixels(self, file: _File, window: tuple[int, int, int, int]) -> Pixels:
+        """A window of a file on its own grid, with all bands."""
+        values, valid = _pixels(file, window)
+        return self._generator.completed(file.modality.name, values, file.missing), valid
 
     def _plan(self, file: _File) -> None:
         """Refuse a file that is too fine for the grid by its header, before a pixel is read."""
@@ -212,8 +232,8 @@ class ObservedFiles:
                 remedy="leave it out",
             )
         known = np.concatenate(seen, axis=1)
-        check_values(file.label, modality, known)
-        check_offset(file.label, modality, file.header, known)
+        check_values(file.label, modality, known, file.bands)
+        check_offset(file.label, modality, file.header, known, file.bands)
         if whole:
             self._whole.add(file.label)
 
@@ -224,7 +244,7 @@ class ObservedFiles:
 
 
 def _pixels(file: _File, window: tuple[int, int, int, int]) -> Pixels:
-    """A window of a file on its own grid."""
+    """A window of a file on its own grid, with the bands that it has."""
     bands = bands_of(file.header, file.modality)
     return in_units(raster.read_raster(file.path, bands=bands, window=window), file.modality)
 

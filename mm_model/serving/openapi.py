@@ -34,7 +34,7 @@ Errors are RFC 9457 problems that say what was got, what is allowed and what to 
 _LAYERS = """
 Each part that is named as a modality holds a GeoTIFF of it, in its own grid, reference system and \
 resolution, and may be repeated for other dates or neighbouring tiles, of which each pixel is \
-taken from the first that knows it; """
+taken from the first that knows it; bands that a file with named bands lacks are estimated; """
 _GENERATE = (
     _LAYERS
     + """the answer lies on the grid of the finest one. Where nothing is observed, `width` and \
@@ -42,7 +42,8 @@ _GENERATE = (
 
 One target and one sample come as a GeoTIFF, more as a zip of GeoTIFFs with a `manifest.json`; \
 `Accept: image/png` gets a picture. The headers `X-Model-Name`, `X-Model-Version`, `X-Run-Id`, \
-`X-Observed`, `X-Conditions`, `X-Targets`, `X-Samples`, `X-Seed` and `X-Steps` say how it was made.
+`X-Observed`, `X-Estimated-Bands`, `X-Conditions`, `X-Targets`, `X-Samples`, `X-Seed` and \
+`X-Steps` say how it was made.
 """
 )
 _FILL = (
@@ -60,7 +61,7 @@ _EMBED = (
 
 The scene comes as a GeoTIFF, a band a channel; `Accept: application/json` gets one vector of the \
 whole, `Accept: application/zip` both. The headers `X-Model-Name`, `X-Model-Version`, `X-Run-Id`, \
-`X-Bundle-Id`, `X-Observed` and `X-Conditions` say how it was made.
+`X-Bundle-Id`, `X-Observed`, `X-Estimated-Bands` and `X-Conditions` say how it was made.
 """
 )
 _ALIGN = (

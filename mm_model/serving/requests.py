@@ -126,12 +126,14 @@ class Aligned:
         observed: modality name → values [bands, H, W] and valid [H, W], in the model's order.
         valid: bool [H, W]; false where every observed layer lacks the pixel.
         conditions: completed by what the grid tells.
+        estimated: bands that no file held, as `sar:VH`.
     """
 
     grid: Grid
     observed: Mapping[str, tuple[NDArray[np.generic], NDArray[np.bool_]]]
     valid: NDArray[np.bool_]
     conditions: Conditions
+    estimated: tuple[str, ...]
 
     @property
     def batch_key(self) -> tuple[object, ...]:

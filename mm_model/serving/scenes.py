@@ -92,6 +92,7 @@ class _Job:
             model_version=model.version,
             run_id=model.run_id,
             observed=self._names,
+            estimated_bands=self._files.estimated if self._files else (),
             conditions=self._conditions,
             targets=self._targets,
             samples=request.samples,
@@ -106,6 +107,14 @@ class _Job:
         if not asked.observed:
             return None
         files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
+        estimated = [e for e in files.estimated if e.split(":")[0] == asked.fill]
+        if estimated:
+            raise RequestError(
+                f"layer {asked.fill}",
+                got=f"a file without {', '.join(e.split(':')[1] for e in estimated)}",
+                allowed="all bands in each file: what is known stays untouched, in every band",
+                remedy="ask for the layer itself, beside others, and leave it out",
+            )
         if asked.fill is not None and not files.has_hole(asked.fill):
             several = len(each(asked.observed)[asked.fill]) > 1
             raise RequestError(

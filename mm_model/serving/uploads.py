@@ -24,9 +24,10 @@ from mm_model.errors import (
 )
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
+from mm_model.serving.bands import bands_of, can_complete, missing_bands
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
-from mm_model.serving.layers import ObservedLayer, bands_of, check_offset, in_units
+from mm_model.serving.layers import ObservedLayer, check_offset, check_values, in_units
 from mm_model.serving.overlay import labelled
 from mm_model.serving.requests import SceneRequest, check_request
 
@@ -119,7 +120,8 @@ def read_layers(
     """Decode GeoTIFFs by modality; all headers are checked before the first pixel is decoded.
 
     Bands go by their names if a file names them as the modality does, beside whatever else it
-    holds, else by their order. A declared scale and offset are applied.
+    holds, else by their order. A declared scale and offset are applied. Bands that a file lacks are
+    estimated: see `bands.complete_bands`.
 
     Args:
         given: modality name → bytes of a file, or of several.
@@ -144,7 +146,7 @@ def read_layers(
     for name, contents in files.items():
         one_by_one = zip(labelled(name, contents), headers[name], strict=True)
         layers[name] = tuple(
-            _decode(content, header, label, generator.modality(name), decoder)
+            _decode(content, header, label, generator.modality(name), decoder, generator)
             for (label, content), header in one_by_one
         )
     return layers
@@ -200,15 +202,24 @@ def check_signature(head: bytes, part: str, size_bytes: int) -> None:
 
 
 def _decode(
-    content: bytes, header: raster.RasterHeader, label: str, modality: Modality, decoder: Decoder
+    content: bytes,
+    header: raster.RasterHeader,
+    label: str,
+    modality: Modality,
+    decoder: Decoder,
+    generator: Generator,
 ) -> ObservedLayer:
-    bands = bands_of(header, modality)
+    bands, missing = bands_of(header, modality), missing_bands(header, modality)
     with whole_file():
         found = decoder.pixels(content, f"part {label}", header, bands)
     values, valid = in_units(found, modality)
     if valid.any():
-        check_offset(label, modality, header, values[:, valid])
-    return ObservedLayer(values, valid, header.grid)
+        check_offset(label, modality, header, values[:, valid], bands or ())
+        if missing:  # before what is made of them hides what is wrong with them
+            check_values(label, modality, values[:, valid], bands or ())
+    return ObservedLayer(
+        generator.completed(modality.name, values, missing), valid, header.grid, missing
+    )
 
 
 @contextmanager
@@ -238,10 +249,19 @@ def check_header(
             f"{part}: bands",
             got=header.bands,
             allowed=f"{len(modality.bands)}, or named {', '.join(modality.band_names)}",
-            # What the model knows of a pixel is one for all bands of a layer.
-            remedy="a layer needs all its bands: leave it out, any subset of layers will do"
+            remedy="name those that are there (the band's description): the others are estimated; "
+            "or leave it out, any subset of layers will do"
             if fewer
             else "select them with gdal_translate -b",
+        )
+    missing = missing_bands(header, modality)
+    if missing and not can_complete(modality, generator.manifest.statistics):
+        raise LayerError(
+            f"{part}: bands",
+            got=f"none of {', '.join(missing)}",
+            allowed=f"all of {', '.join(modality.band_names)}: this version's statistics do not "
+            "tell one band from another",
+            remedy="leave it out, any subset of layers will do; or train the model again",
         )
     kinds = "iu" if modality.is_categorical else "iuf"
     if _kind(header.dtype) not in kinds:

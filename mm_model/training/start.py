@@ -128,6 +128,16 @@ def join_statistics(
     return {**older, "modalities": {**older["modalities"], name: newer["modalities"][name]}}
 
 
+def join_correlations(older: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """The older statistics, with the newer's correlations of bands where they have none."""
+    modalities = {}
+    for name, record in older["modalities"].items():
+        found = newer["modalities"].get(name, {})
+        fresh = {key: found[key] for key in ("correlation",) if key in found}
+        modalities[name] = {**fresh, **record}
+    return {**older, "modalities": modalities}
+
+
 def merge_sets(*parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The union of sets of modalities that were seen together; the patches of equal ones add up."""
     patches: dict[tuple[str, ...], int] = {}

@@ -97,6 +97,7 @@ def test_a_killed_worker_costs_nothing(tmp_path, start):
         time.sleep(0.01)
     family = psutil.Process(process.pid).children(recursive=True)
     (worker, *_) = [p for p in family if "_Worker.make" in " ".join(p.cmdline())]
+    assert worker.nice() == psutil.Process().nice() + 10  # replicas go first
     worker.kill()
     finish(process, killed)
     assert hashes(killed / "data/patches") == hashes(whole / "data/patches")

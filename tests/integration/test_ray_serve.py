@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import mlflow
+import psutil
 import pytest
 
 from mm_model.adapters import mlflow_registry as registry
@@ -300,6 +301,8 @@ def test_deploying_the_same_again_changes_nothing(platform, versions):
     before = replica_pids()
     deploy(CONFIG, MODEL)
     assert replica_pids() == before
+    # They yield to nobody; Ray's own default is to yield to every other process.
+    assert {psutil.Process(pid).nice() for pid in before} == {psutil.Process().nice()}
 
 
 def test_other_code_is_taken_up_by_a_new_replica(platform, versions, monkeypatch):

@@ -42,6 +42,19 @@ def test_a_written_layer_is_read_again_with_all_that_is_known_of_it(modality):
     np.testing.assert_equal(read.header.nodata, modality.nodata)
 
 
+def test_files_say_which_bands_are_red_green_and_blue():
+    for modality in (m for m in MODALITIES.values() if not m.is_categorical):
+        values, valid = layer(modality, GRID)
+        content = raster.write_geotiff(None, values, valid, GRID, modality)
+        with MemoryFile(content) as memory, memory.open() as dataset:
+            said = {
+                name: kind.name
+                for name, kind in zip(dataset.descriptions, dataset.colorinterp, strict=True)
+            }
+        for color in ("red", "green", "blue"):
+            assert (said.get(color) == color) == ({"red", "green", "blue"} <= set(said))
+
+
 def test_classes_carry_their_colours_and_names():
     values, valid = layer(CATEGORICAL, GRID)
     content = raster.write_geotiff(None, values, valid, GRID, CATEGORICAL)

@@ -72,8 +72,10 @@ def _statistics(modality: Modality) -> dict:
     values = np.linspace(low, high, 50)
     center, scale = (low + high) / 2, (high - low) / 4
     seen = modality.transform.forward(values, center, scale, np)
+    count = len(modality.bands)
     return {
         "pixels": 50,
+        "correlation": np.where(np.eye(count, dtype=bool), 1, 0.8).tolist(),
         "bands": [
             {
                 "name": name,

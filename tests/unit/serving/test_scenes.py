@@ -363,6 +363,17 @@ def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_scenes_say_which_bands_are_red_green_and_blue(tmp_path: Path) -> None:
+    names = ["red", "green", "blue", "generated"]
+    with CogWriter(
+        tmp_path / "a.tif", SMALL, names, dtype="float32", nodata=np.nan, units=["1"] * 4
+    ) as writer:
+        writer.write(np.zeros((4, *SMALL.shape), np.float32))
+        path = writer.finish()
+    with rasterio.open(path) as written:
+        assert [kind.name for kind in written.colorinterp] == [*names[:3], "undefined"]
+
+
 def test_a_thumbnail_is_small_and_says_what_is_valid(tmp_path: Path) -> None:
     path = files(tmp_path, {"sar": make_layer("sar", TALL)})["sar"]
     values, valid = thumbnail(path, 100)

@@ -10,7 +10,7 @@ from training_fixtures import MAP, RGB, SAR, SELECTED, SETS, SIZE, make_model, s
 from mm_model.bundle import Bundle, Manifest
 from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import MODALITIES
-from mm_model.training.start import check_start, continued, merge_sets
+from mm_model.training.start import check_start, continued, join_correlations, merge_sets
 
 PATH = Path("older/bundle")
 TRAINED = {"steps": 30, "samples": 480, "seconds": 2.5}
@@ -90,3 +90,15 @@ def test_equal_sets_add_up_whatever_their_order():
         {"modalities": ["sar"], "patches": 2},
     ]
     assert merge_sets([], b)[0] == {"modalities": ["rgb", "sar"], "patches": 4}
+
+
+def test_correlations_that_an_older_bundle_lacks_are_those_of_the_new_data():
+    older = {"patches": 3, "modalities": {"sar": {"pixels": 1}, "rgb": {"correlation": "older"}}}
+    both = {"pixels": 2, "correlation": "newer"}
+    joined = join_correlations(older, {"modalities": {"sar": both, "rgb": both}})
+    assert joined["modalities"] == {
+        "sar": {"pixels": 1, "correlation": "newer"},
+        "rgb": {"correlation": "older"},
+    }
+    assert joined["patches"] == 3
+    assert join_correlations(older, {"modalities": {}}) == older

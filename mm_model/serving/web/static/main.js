@@ -105,7 +105,9 @@ async function guess(file) {
   const tagged = metadata.match(/name="MODALITY"[^>]*>(\w+)</)?.[1];
   if (modalities.has(tagged)) return tagged;
   const named = new Set([...metadata.matchAll(/role="description">([^<]+)</g)].map(([, band]) => band));
-  const fitting = [...modalities.values()].find(({ bands }) => bands.length === named.size && bands.every((b) => named.has(b.name)));
+  const all = [...modalities.values()], has = ({ bands }, name) => bands.some((b) => b.name === name);
+  const fitting = all.find(({ bands }) => bands.length === named.size && bands.every((b) => named.has(b.name)))
+    ?? (named.size ? all.find((m) => [...named].every((name) => has(m, name))) : undefined); // it lacks a band
   if (fitting) return fitting.name;
   const words = file.name.toLowerCase().split(/[^a-z0-9]+/);
   return [...modalities.keys()].find((name) => words.includes(name)) ?? "";
@@ -168,7 +170,9 @@ async function alignFiles() {
     const manifest = JSON.parse(new TextDecoder().decode(zip.get("manifest.json")));
     aligned = { grid: gridOf(manifest), zip };
     const left = files.length > named.length ? " Say what the others are." : "";
-    say(`${new Set(named.map(({ name }) => name)).size} observed, ${manifest.width} × ${manifest.height} px.${left}`);
+    const lacking = manifest.origin.estimated_bands.map((band) => band.replace(":", " ")).join(", ");
+    const estimated = lacking ? ` Estimated from the other bands: ${lacking}.` : "";
+    say(`${new Set(named.map(({ name }) => name)).size} observed, ${manifest.width} × ${manifest.height} px.${estimated}${left}`);
   } catch (error) {
     if (check !== checks) return;
     // A problem names the part or layer that it is about; else it is about all of them.
