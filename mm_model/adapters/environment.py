@@ -144,6 +144,11 @@ def replica_environment() -> dict[str, str]:
     return service_environment() | {k: os.environ.get(k, value) for k, value in kept.items()}
 
 
+def jobs_folder(model: str) -> Path:
+    """Where the files of a model's jobs lie, and their database if `MM_JOBS_URL` names none."""
+    return state_dir() / "jobs" / model
+
+
 def give_way() -> None:
     """Leave the cores to whoever answers people; for processes that work for hours."""
     os.nice(10)

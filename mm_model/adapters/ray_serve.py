@@ -85,7 +85,7 @@ class Endpoint:
         if self._config.challenger is not None:
             challenger = ChallengerFollower(model, cache / "challenger", self._load)
         self._followed = Followed(self._champion, challenger)
-        folder = environment.state_dir() / "jobs" / model
+        folder = environment.jobs_folder(model)
         self._jobs = JobsPlace(folder, os.environ.get("MM_JOBS_URL", ""), model)
         # Serve asks a replica once it is made: not before it has a model, if there is one.
         self._champion.start(self._config.alias_poll_s, _FIRST_LOOK_S)

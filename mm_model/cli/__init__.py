@@ -126,6 +126,20 @@ def status() -> None:
 
 
 @app.command(rich_help_panel=SERVICES)
+def jobs(
+    cancel: Annotated[
+        str | None, typer.Option(metavar="ID", help="End and forget this one.")
+    ] = None,
+    pipeline: PipelineOption = HERE,
+) -> None:
+    """The endpoint's jobs, of all owners: how far they are, and why they failed."""
+    from mm_model.cli.jobs import jobs as run
+
+    _enter(pipeline)
+    run(cancel)
+
+
+@app.command(rich_help_panel=SERVICES)
 def serve(pipeline: PipelineOption = HERE) -> None:
     """Serve the champion over HTTP on the local Ray, until stopped."""
     _enter(pipeline)

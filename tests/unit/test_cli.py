@@ -28,11 +28,13 @@ from mm_model import cli
 from mm_model.api import ModelIdentity, SceneVector
 from mm_model.bundle import load_bundle, load_manifest, save_bundle
 from mm_model.data import raster
+from mm_model.errors import LayerError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
 from mm_model.serving.app import build_app
 from mm_model.serving.batching import FixedModel, Served
 from mm_model.serving.generator import Generator
+from mm_model.serving.jobs.store import JobStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -393,3 +395,47 @@ def test_show_names_what_there_is(mm, tmp_path: Path) -> None:
     status, _, err = mm("show", "17", "--pipeline", tmp_path)
     assert status == 1
     assert str(tmp_path) in err
+
+
+def test_who_runs_the_endpoint_sees_its_jobs_and_ends_one(mm, tmp_path, monkeypatch):
+    monkeypatch.setenv("MM_PROJECT", str(tmp_path))
+    monkeypatch.delenv("MM_JOBS_URL", raising=False)
+    ask = ("jobs", "-C", ROOT)
+    assert "no jobs" in mm(*ask)[1]
+    assert not (tmp_path / "var").exists()
+
+    folder = tmp_path / "var" / "jobs" / "mm-scene"
+    ids = {name: name[0] * 32 for name in ("a queued", "b running", "c failed")}
+    for job_id in ids.values():
+        (folder / job_id / "uploads").mkdir(parents=True)
+    store = JobStore(f"sqlite:///{folder / 'jobs.db'}", "mm-scene")
+    for owner, job_id in (("anna", ids["c failed"]), ("bo", ids["b running"])):
+        store.add(job_id, owner, [], ["sar"], 2_500_000)
+        held = store.claim()
+        assert held is not None
+        if owner == "anna":
+            store.finish(held, LayerError("layer sar: unit"), 0, 60)
+        else:
+            store.renew(held, 1, 4)
+    store.add(ids["a queued"], "", [], ["sar"], 1_000_000)
+
+    status, said, _ = mm(*ask)
+    lines = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    assert status == 0
+    assert "anna" in lines[ids["c failed"]]
+    assert "layer sar: unit" in lines[ids["c failed"]]
+    assert "running" in lines[ids["b running"]]
+    assert "25%" in lines[ids["b running"]]
+    assert "1.0 MB" in lines[ids["a queued"]]
+
+    assert "cancelled" in mm(*ask, "--cancel", ids["a queued"])[1]
+    assert not (folder / ids["a queued"]).exists()
+    mm(*ask, "--cancel", ids["b running"])
+    assert (folder / ids["b running"]).exists()  # who works on it cleans up
+    assert [job.id for job in store.all()] == [ids["c failed"]]
+    for wrong in (ids["a queued"], "../../etc", "x"):
+        status, _, error = mm(*ask, "--cancel", wrong)
+        assert status == 1
+        assert "no job" in error
+    assert tmp_path.exists()
+    store.close()

@@ -147,7 +147,7 @@ class Jobs:
                 job = await asyncio.to_thread(self._keep, form, store, served, owner, job_id)
         self._worker.start()
         where = f"{request.scope.get('root_path', '')}/v1/jobs/{job_id}"
-        return JSONResponse(_info(job).model_dump(mode="json"), 201, {"Location": where})
+        return JSONResponse(info_of(job).model_dump(mode="json"), 201, {"Location": where})
 
     def _keep(
         self, form: FormData, store: JobStore, served: Served, owner: str, job_id: str
@@ -177,7 +177,7 @@ class Jobs:
         return job
 
     async def show(self, job_id: str, request: Request) -> JobInfo:
-        return _info(await self._get(job_id, request))
+        return info_of(await self._get(job_id, request))
 
     async def result(self, job_id: str, request: Request) -> Response:
         job = await self._get(job_id, request)
@@ -191,9 +191,7 @@ class Jobs:
 
     async def delete(self, job_id: str, request: Request) -> Response:
         job = await self._get(job_id, request)
-        state = await asyncio.to_thread(self._open().delete, job.id)
-        if state is not JobState.RUNNING:  # else who works on it cleans up
-            await asyncio.to_thread(shutil.rmtree, self._folder / job.id, ignore_errors=True)
+        await asyncio.to_thread(forget, self._open(), self._folder, job.id)
         return Response(status_code=204)
 
     async def _get(self, job_id: str, request: Request) -> Job:
@@ -210,6 +208,14 @@ class Jobs:
         return self._store
 
 
+def forget(store: JobStore, folder: Path, job_id: str) -> bool:
+    """Cancel a job, and remove its files below the folder of all; false if there is no such job."""
+    state = store.delete(job_id)
+    if state is not JobState.RUNNING:  # else who works on it cleans up
+        shutil.rmtree(folder / job_id, ignore_errors=True)
+    return state is not None
+
+
 def _save(source: IO[bytes], path: Path) -> int:
     source.seek(0)
     with path.open("wb") as file:
@@ -217,7 +223,8 @@ def _save(source: IO[bytes], path: Path) -> int:
         return file.tell()
 
 
-def _info(job: Job) -> JobInfo:
+def info_of(job: Job) -> JobInfo:
+    """What is told of a job."""
     progress = job.done / job.work if job.work else 0.0
     left = None
     if job.state is JobState.RUNNING and progress > 0 and job.began_s is not None:

@@ -198,6 +198,12 @@ class JobStore:
             row = connection.execute(query).mappings().first()
         return None if row is None else _job(row)
 
+    def all(self) -> list[Job]:
+        """Those of every owner, the oldest first."""
+        query = _TABLE.select().where(_C.model == self._model).order_by(_C.created_s)
+        with self._connected() as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
+
     def unfinished(self) -> tuple[dict[JobState, int], float]:
         """How many jobs wait and run, and for how many seconds the oldest has waited."""
         mine = (_C.model == self._model) & _C.state.in_(_UNFINISHED)

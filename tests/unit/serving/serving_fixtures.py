@@ -12,8 +12,10 @@ from typing import Any
 
 import httpx
 import numpy as np
+import rasterio
 import torch
 import uvicorn
+from rasterio.transform import Affine
 
 from mm_model.api import ModelIdentity, Problem
 from mm_model.bundle import Bundle, Manifest
@@ -138,11 +140,29 @@ def make_layer(name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True) -
     return ObservedLayer(values, valid, grid)
 
 
-def geotiff(name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True) -> bytes:
-    layer = make_layer(name, grid, seed, hole)
-    content = raster.write_geotiff(None, layer.values, layer.valid, grid, MODALITIES[name])
+def geotiff(
+    name: str, grid: Grid = GRID, seed: int = 0, hole: bool = True, bands: tuple[str, ...] = ()
+) -> bytes:
+    """A file of plausible values; with these bands alone, if they are named."""
+    layer, modality = make_layer(name, grid, seed, hole), MODALITIES[name]
+    if bands:
+        at = [modality.band_names.index(band) for band in bands]
+        return file_of(layer.values[at], layer.valid, bands, grid)
+    content = raster.write_geotiff(None, layer.values, layer.valid, grid, modality)
     assert content is not None
     return content
+
+
+def file_of(values, valid, names, grid=GRID) -> bytes:
+    """A GeoTIFF with bands of these names; NaN where nothing is known."""
+    with rasterio.MemoryFile() as memory:
+        with memory.open(
+            driver="GTiff", height=grid.height, width=grid.width, count=len(values),
+            dtype="float32", crs=grid.crs, transform=Affine(*grid.transform), nodata=np.nan,
+        ) as file:  # fmt: skip
+            file.write(np.where(valid, values, np.nan).astype("float32"))
+            file.descriptions = names
+        return bytes(memory.getbuffer())
 
 
 def ask(app, *requests, times_out=60):

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import rasterio
-from rasterio.transform import Affine
 from serving_fixtures import (
     GRID,
     ask,
+    file_of,
     form,
     geotiff,
     make_bundle,
@@ -34,24 +33,6 @@ from mm_model.serving.uploads import read_layers
 
 RADAR, COLOUR = MODALITIES["sar"], MODALITIES["rgb"]
 GENERATOR = make_generator(max_side_px=96)
-
-
-def file_of(values, valid, names, grid=GRID) -> bytes:
-    """A GeoTIFF with bands of these names; NaN where nothing is known."""
-    with rasterio.MemoryFile() as memory:
-        with memory.open(
-            driver="GTiff", height=grid.height, width=grid.width, count=len(values),
-            dtype="float32", crs=grid.crs, transform=Affine(*grid.transform), nodata=np.nan,
-        ) as file:  # fmt: skip
-            file.write(np.where(valid, values, np.nan).astype("float32"))
-            file.descriptions = names
-        return bytes(memory.getbuffer())
-
-
-def radar(*names: str) -> bytes:
-    layer = make_layer("sar")
-    at = [RADAR.band_names.index(n) for n in names]
-    return file_of(layer.values[at], layer.valid, names)
 
 
 def related(seed: int, count: int = 2000) -> np.ndarray:
@@ -112,7 +93,7 @@ def test_the_estimate_errs_as_little_as_the_noise_lets_it(statistics):
 @pytest.mark.parametrize("name", ["VV", "VH"])
 def test_a_file_of_one_polarisation_is_completed(name):
     layer = make_layer("sar")
-    (found,) = read_layers({"sar": [radar(name)]}, GENERATOR)["sar"]
+    (found,) = read_layers({"sar": [geotiff("sar", bands=(name,))]}, GENERATOR)["sar"]
     at = RADAR.band_names.index(name)
     other = RADAR.band_names[1 - at]
     assert found.estimated == (other,)
@@ -162,7 +143,7 @@ def test_statistics_that_do_not_tell_refuse_it():
     statistics["modalities"]["sar"].pop("correlation")
     old = Generator(Bundle(bundle.model, bundle.manifest))
     with pytest.raises(LayerError, match="bands") as caught:
-        read_layers({"sar": [radar("VV")]}, old)
+        read_layers({"sar": [geotiff("sar", bands=("VV",))]}, old)
     assert "none of VH" in caught.value.got
     assert read_layers({"sar": [geotiff("sar")]}, old)["sar"][0].estimated == ()
 
@@ -171,7 +152,7 @@ def test_answers_say_what_was_estimated():
     app = build_app(make_source(max_side_px=96), serve_config(max_side_px=96))
     answers = ask(
         app,
-        form({"sar": radar("VV")}, target="rgb", steps=1),
+        form({"sar": geotiff("sar", bands=("VV",))}, target="rgb", steps=1),
         form({"sar": geotiff("sar")}, target="rgb", steps=1),
     )
     assert [a.headers["x-estimated-bands"] for a in answers] == ["sar:VH", ""]
@@ -182,7 +163,7 @@ def test_answers_say_what_was_estimated():
 
 def test_a_scene_of_files_is_that_of_the_endpoint(tmp_path):
     path = tmp_path / "vv.tif"
-    path.write_bytes(radar("VV"))
+    path.write_bytes(geotiff("sar", bands=("VV",)))
     (layer,) = read_layers({"sar": [path.read_bytes()]}, GENERATOR)["sar"]
     files = ObservedFiles({"sar": path}, GENERATOR)
     values, valid = files.read(0, GRID.height)["sar"]
@@ -199,7 +180,7 @@ def test_a_scene_of_files_is_that_of_the_endpoint(tmp_path):
 
 def test_a_layer_that_lacks_a_band_is_not_filled(tmp_path):
     path = tmp_path / "vv.tif"
-    path.write_bytes(radar("VV"))
+    path.write_bytes(geotiff("sar", bands=("VV",)))
     identity = ModelIdentity(name="mm-test", version="3", run_id="")
     request = SceneRequest({"sar": path}, fill="sar", steps=1)
     with pytest.raises(RequestError, match="layer sar") as caught:
