@@ -224,6 +224,7 @@ class JobsConfig(Section):
     max_upload_mb: PositiveInt
     max_jobs: PositiveInt
     max_stored_mb: PositiveInt
+    max_hours: PositiveFloat
     keep_hours: PositiveFloat
 
 

@@ -18,7 +18,7 @@ from mm_model.api import each
 from mm_model.config import JobsConfig
 from mm_model.data import raster
 from mm_model.data.files import needs_room
-from mm_model.errors import MMError, ServiceError
+from mm_model.errors import DeadlineError, MMError, ServiceError
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import copied_to, copy_file
 from mm_model.serving.generator import Generator
@@ -119,7 +119,7 @@ class Worker:
         began = time.monotonic()
         try:
             with (
-                _Held(self._store, job, self._ending, self._tell) as held,
+                _Held(self._store, job, self._ending, self._tell, self._config.max_hours) as held,
                 needs_room("what the job makes"),
             ):
                 outcome = self._answer(job, served, place, folder, held)
@@ -204,9 +204,15 @@ class _Held:
     """Says that the job's holder lives while the block runs."""
 
     def __init__(
-        self, store: JobStore, job: Job, ending: threading.Event, tell: Callable[[], None]
+        self,
+        store: JobStore,
+        job: Job,
+        ending: threading.Event,
+        tell: Callable[[], None],
+        max_hours: float,
     ) -> None:
         self._store, self._job, self._ending, self._tell_all = store, job, ending, tell
+        self._max_hours, self._until = max_hours, time.monotonic() + 3600 * max_hours
         self._over, self._lost = threading.Event(), threading.Event()
         self._at = (0, 0)
         self._thread = threading.Thread(target=self._renew, name="job held", daemon=True)
@@ -220,6 +226,12 @@ class _Held:
         self._thread.join()
 
     def check(self) -> None:
+        if time.monotonic() > self._until:
+            raise DeadlineError(
+                "the job took too long",
+                allowed=f"{self._max_hours:g} h (serve.jobs.max_hours)",
+                remedy="ask for pieces of it, fewer samples or fewer steps",
+            )
         if self._lost.is_set() or self._ending.is_set():
             raise _LostError
 

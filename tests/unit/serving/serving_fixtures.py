@@ -118,6 +118,7 @@ def serve_config(**changes: object) -> ServeConfig:
             "max_upload_mb": 64,
             "max_jobs": 4,
             "max_stored_mb": 256,
+            "max_hours": 1,
             "keep_hours": 1,
         },
         **changes,

@@ -19,7 +19,13 @@ SOURCE = make_source(max_side_px=96)
 ONE, LINE_ONE = new_key("one", frozenset({KeyScope.GENERATE}))
 TWO, LINE_TWO = new_key("two", frozenset({KeyScope.GENERATE}))
 KEYS = parse_keys(f"{LINE_ONE}\n{LINE_TWO}", "keys")
-JOBS = {"max_side_px": 2048, "max_upload_mb": 64, "max_stored_mb": 256, "keep_hours": 1}
+JOBS = {
+    "max_side_px": 2048,
+    "max_upload_mb": 64,
+    "max_stored_mb": 256,
+    "keep_hours": 1,
+    "max_hours": 1,
+}
 
 
 def endpoint(folder, keys=(), max_per_key=None, **limits):

@@ -116,6 +116,17 @@ def test_what_is_wrong_is_said_at_once_or_by_the_job(tmp_path):
     refused(create(app, {"sar": sar[: len(sar) // 2]}, target="dem"), 415, "media_type")
 
 
+def test_a_job_that_takes_too_long_ends_and_says_so(tmp_path):
+    jobs = CONFIG.jobs.model_copy(update={"max_hours": 1e-7})
+    hasty = CONFIG.model_copy(update={"jobs": jobs})
+    app = build_app(SOURCE, hasty, jobs=JobsPlace(tmp_path / "jobs", "", "mm-test"))
+    job = ended(app, create(app, {"sar": geotiff("sar", GRID)}, target="dem").json()["id"])
+    assert job.state is JobState.FAILED
+    assert job.problem.code == "deadline"
+    assert job.problem.allowed == "1e-07 h (serve.jobs.max_hours)"
+    assert not list((tmp_path / "jobs" / job.id).glob("*"))
+
+
 def test_jobs_belong_to_keys(tmp_path):
     one, line_one = new_key("one", frozenset({KeyScope.GENERATE}))
     two, line_two = new_key("two", frozenset({KeyScope.GENERATE}))
