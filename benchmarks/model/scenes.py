@@ -41,6 +41,7 @@ def evaluate_scenes(
     held_out = [regime.test.read(i, regime.names) for i in regime.test_at]
     return {
         "retrieval": retrieval(method, regime, held_out[:patches]),
+        "misregistration": misregistration(method, regime, held_out[:patches]),
         "probes": probe(method, regime, held_out[:patches], taught),
     }
 
@@ -56,6 +57,31 @@ def retrieval(method: SceneMethod, regime: Regime, patches: Sequence[Patch]) -> 
         "sar_to_rgb_top1": distributions.retrieval_top1(radar, colour),
         "chance": 1 / len(fit),
     }
+
+
+def misregistration(
+    method: SceneMethod, regime: Regime, patches: Sequence[Patch]
+) -> dict[str, float]:
+    """How often the scene from radar that fits the one from colour best is that of the same pixels,
+    among those of pieces that are moved by a cell (`STRIDE` px) up, down, left, right or both.
+    """
+    fit = [p for p in patches if {RGB, SAR} <= set(p.layers)]
+    side = regime.patch_px - 2 * STRIDE
+
+    def scenes_of(name: str, down: int, right: int) -> Reals:
+        def moved(x: Tensor, mask: Tensor) -> Tensor:
+            rows, columns = (slice(m, m + side) for m in (STRIDE + down, STRIDE + right))
+            return method.scenes(x[..., rows, columns], mask[..., rows, columns])
+
+        return _scenes(moved, regime, fit, [name]).flatten(1).numpy()
+
+    moves = [(y, x) for y in (-STRIDE, 0, STRIDE) for x in (-STRIDE, 0, STRIDE)]
+    colour = scenes_of(RGB, 0, 0)
+    radar = np.stack([scenes_of(SAR, *move) for move in moves])
+    colour, radar = colour - colour.mean(0), radar - radar.mean((0, 1))
+    likeness = (colour * radar).sum(-1) / np.linalg.norm(radar, axis=-1)
+    found = likeness.argmax(0) == moves.index((0, 0))
+    return {"found": float(found.mean()), "chance": 1 / len(moves)}
 
 
 def probe(
