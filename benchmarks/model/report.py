@@ -319,9 +319,10 @@ def _scene_of(results: Results, regime: str, method: str) -> str:
         f"{shown(of('scenes', 'retrieval', 'chance'), 3)}); of radar moved by up to a cell to all "
         f"sides, that which is not moved fits best in "
         f"{shown(of('scenes', 'misregistration', 'found'))} (chance "
-        f"{shown(of('scenes', 'misregistration', 'chance'))}). Colour from radar: truth lies within "
-        f"the samples' central interval in {shown(of(*radar, 'coverage'))} of pixels "
-        f"(calibrated: {shown(of(*radar, 'nominal_coverage'))}); the mean colour of a patch varies by "
+        f"{shown(of('scenes', 'misregistration', 'chance'))}). Colour from radar: truth lies "
+        f"within the samples' central interval in {shown(of(*radar, 'coverage'))} of pixels "
+        f"(calibrated: {shown(of(*radar, 'nominal_coverage'))}); the mean colour of a patch "
+        f"varies by "
         f"{shown(of(*radar, 'level_spread'), 3)} over samples, by "
         f"{shown(of(*radar, 'real_level_spread'), 3)} over real scenes."
     )
