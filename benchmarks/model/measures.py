@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from benchmarks.model.tables import BySeed, Results, mean, mean_of, shown, table
 
@@ -41,17 +41,13 @@ def _mean_over(
 
 
 def _unit(results: Results, regime: str, pairs: Sequence[str]) -> str:
-    rows = (r["pairs"].get(p) for r in results.records for p in pairs if _is_of(r, regime))
-    unit = next((row["unit"] for row in rows if row), "1")
+    here = [r["pairs"] for r in results.records if r["cell"]["regime"] == regime]
+    unit = next(rows[p]["unit"] for rows in here for p in pairs if p in rows)
     return "" if unit == "1" else f", {unit}"
 
 
-def _is_of(record: Mapping[str, Mapping[str, str]], regime: str) -> bool:
-    return record["cell"]["regime"] == regime
-
-
 def _digits(columns: Sequence[BySeed]) -> int:
-    """As many as make differences of a hundredth visible."""
+    """Three or four that count, of the largest."""
     largest = max(mean(c) for c in columns if c)
     return 4 if largest < 0.2 else 3 if largest < 1 else 2 if largest < 20 else 1
 
@@ -75,7 +71,7 @@ def distributions(results: Results, cells: Sequence[tuple[str, str]]) -> str:
         distance = "values" if unit == "1" else f"values, {unit}"
         for figure, title in (("wasserstein", distance), ("spectrum_log10", "spectrum, log10")):
             found = [
-                _of_band(results, regime, method, group, name, figure, number)
+                results.of(regime, method, "joint", "pixels", group, name, figure, number)
                 for regime, _, method, group in sources
             ]
             rows.append([f"{of}: {title}", *(shown(f, _digits(found)) for f in found)])
@@ -97,14 +93,3 @@ def _bands(results: Results, regime: str, method: str) -> list[tuple[str, str, i
                 for number, band in enumerate(about["bands"])
             ]
     return []
-
-
-def _of_band(
-    results: Results, regime: str, method: str, group: str, name: str, figure: str, number: int
-) -> BySeed:
-    found: dict[int, float] = {}
-    for record in results.records:
-        cell = record["cell"]
-        if (cell["regime"], cell["method"]) == (regime, method) and "joint" in record:
-            found[cell["seed"]] = float(record["joint"]["pixels"][group][name][figure][number])
-    return found

@@ -311,15 +311,20 @@ def _scene_of(results: Results, regime: str, method: str) -> str:
     ]
     if not rows:
         return ""
-    radar = ("pairs", key(SAR, RGB))
+    radar, found = ("pairs", key(SAR, RGB)), of("scenes", "misregistration", "found")
+    moved = (
+        ""
+        if not found
+        else (
+            f" Of radar moved by up to a cell to all sides, that which is not moved fits best in "
+            f"{shown(found)} (chance {shown(of('scenes', 'misregistration', 'chance'))})."
+        )
+    )
     head = ["cells of 8 px, accuracy %", "linear 1 %", "10 %", "100 %", "k-NN 1 %", "10 %", "100 %"]
     return table(head, rows) + (
         f"\n\n`{method}`: scene from colour, nearest scene from radar: "
         f"{shown(of('scenes', 'retrieval', 'rgb_to_sar_top1'))} of places are the same (chance "
-        f"{shown(of('scenes', 'retrieval', 'chance'), 3)}); of radar moved by up to a cell to all "
-        f"sides, that which is not moved fits best in "
-        f"{shown(of('scenes', 'misregistration', 'found'))} (chance "
-        f"{shown(of('scenes', 'misregistration', 'chance'))}). Colour from radar: truth lies "
+        f"{shown(of('scenes', 'retrieval', 'chance'), 3)}).{moved} Colour from radar: truth lies "
         f"within the samples' central interval in {shown(of(*radar, 'coverage'))} of pixels "
         f"(calibrated: {shown(of(*radar, 'nominal_coverage'))}); the mean colour of a patch "
         f"varies by "

@@ -19,15 +19,18 @@ class Results:
 
     records: Sequence[Mapping[str, Any]]
 
-    def of(self, regime: str, method: str, *path: str) -> BySeed:
-        """A figure that lies at a path within the records of a regime and method."""
+    def of(self, regime: str, method: str, *path: str | int) -> BySeed:
+        """A figure that lies at a path within the records of a regime and method; a number in the
+        path is a place in a list.
+        """
         found: dict[int, float] = {}
         for record in self.records:
             cell = record["cell"]
             if (cell["regime"], cell["method"]) == (regime, method):
                 value: Any = record
                 for part in path:
-                    value = value.get(part) if isinstance(value, Mapping) else None
+                    there = isinstance(value, Mapping) and part in value
+                    value = value[part] if there or isinstance(part, int) else None
                 if value is not None and math.isfinite(value):
                     found[cell["seed"]] = float(value)
         return found

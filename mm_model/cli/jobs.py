@@ -29,7 +29,7 @@ def jobs(cancel: str | None) -> None:
     console = Console()
     if not console.is_terminal:  # a line each, for grep
         console = Console(width=240)
-    if not place.folder.is_dir():  # a store that is opened would be made
+    if not place.url and not place.folder.is_dir():  # a SQLite that is opened would be made
         if cancel is None:
             console.print(f"no endpoint of {model} has run here: there are no jobs")
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,10 +83,6 @@ def complete_bands(
     return whole
 
 
-def estimated_bands(missing: Mapping[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:
-    """Modality name → bands that each of its files lacks, as an origin tells them: `sar:VH`."""
-    return tuple(
-        f"{name}:{band}"
-        for name, of_it in missing.items()
-        for band in dict.fromkeys(band for bands in of_it for band in bands)
-    )
+def estimated_bands(missing: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Modality name → bands that files lack, as an origin tells them: `sar:VH`."""
+    return tuple(f"{name}:{band}" for name, bands in missing.items() for band in bands)

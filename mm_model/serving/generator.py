@@ -278,7 +278,12 @@ class Generator:
             observed,
             np.logical_or.reduce(known),
             complete(conditions, grid),
-            estimated_bands({n: [y.estimated for y in of_it] for n, of_it in layers.items()}),
+            estimated_bands(
+                {
+                    name: dict.fromkeys(band for layer in of_it for band in layer.estimated)
+                    for name, of_it in layers.items()
+                }
+            ),
         )
 
     def _check_scene(self, grid: Grid) -> None:

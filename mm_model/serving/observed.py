@@ -70,7 +70,6 @@ class ObservedFiles:
 
     Attributes:
         grid: of the finest layer, or of the one that was named.
-        estimated: bands that a file lacks, as `sar:VH`.
 
     Args:
         files: modality name → GeoTIFF, or several in turn (see `overlay`); one or more, and any
@@ -109,9 +108,6 @@ class ObservedFiles:
                 _File(label, path, generator.modality(name), header, place)
                 for (label, path), header, place in one_by_one
             ]
-        self.estimated = estimated_bands(
-            {name: [file.missing for file in of_it] for name, of_it in self._layers.items()}
-        )
         self._generator = generator
         self._kept: OrderedDict[int, dict[str, Pixels]] = OrderedDict()
         self._whole: set[str] = set()  # labels of files that know all of their own pixels
@@ -129,6 +125,15 @@ class ObservedFiles:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._layers)
+
+    def missing(self, name: str) -> tuple[str, ...]:
+        """Bands that a file of a layer lacks."""
+        return tuple(dict.fromkeys(b for file in self._layers[name] for b in file.missing))
+
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """The same of all layers, as `sar:VH`."""
+        return estimated_bands({name: self.missing(name) for name in self._layers})
 
     def has_hole(self, name: str) -> bool:
         """Whether a layer lacks a pixel of the grid."""

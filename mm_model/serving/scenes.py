@@ -107,11 +107,10 @@ class _Job:
         if not asked.observed:
             return None
         files = ObservedFiles(asked.observed, self._generator, onto=asked.fill or asked.grid)
-        estimated = [e for e in files.estimated if e.split(":")[0] == asked.fill]
-        if estimated:
+        if asked.fill is not None and (missing := files.missing(asked.fill)):
             raise RequestError(
                 f"layer {asked.fill}",
-                got=f"a file without {', '.join(e.split(':')[1] for e in estimated)}",
+                got=f"a file without {', '.join(missing)}",
                 allowed="all bands in each file: what is known stays untouched, in every band",
                 remedy="ask for the layer itself, beside others, and leave it out",
             )

@@ -1,5 +1,7 @@
 """Files that lack a band of their modality: what is estimated, and what is said of it."""
 
+import time
+
 import numpy as np
 import pytest
 from serving_fixtures import (
@@ -26,6 +28,7 @@ from mm_model.modalities import MODALITIES
 from mm_model.serving.app import build_app
 from mm_model.serving.bands import complete_bands
 from mm_model.serving.generator import Generator
+from mm_model.serving.jobs.routes import JobsPlace
 from mm_model.serving.observed import ObservedFiles
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.scenes import write_scene
@@ -176,6 +179,33 @@ def test_a_scene_of_files_is_that_of_the_endpoint(tmp_path):
     (written,) = write_scene(GENERATOR, request, identity, tmp_path / "out")
     tags = raster.read_header(written).tags
     assert Provenance.from_tags(tags).estimated_bands == ("sar:VH",)
+
+
+def test_a_job_takes_them_and_another_layer_is_filled_beside_them(tmp_path):
+    source = make_source(max_side_px=96)
+    jobs = JobsPlace(tmp_path / "jobs", "", "mm-test")
+    app = build_app(source, serve_config(max_side_px=96), jobs=jobs)
+    single = geotiff("sar", bands=("VH",))
+    (made,) = ask(app, form({"sar": single}, path="/v1/jobs", target="dem", steps=1))
+    assert made.status_code == 201, made.text
+    where, give_up = f"/v1/jobs/{made.json()['id']}", time.monotonic() + 120
+    while (job := ask(app, ("GET", where, {}))[0].json())["state"] not in ("done", "failed"):
+        assert time.monotonic() < give_up, job
+        time.sleep(0.2)
+    (result,) = ask(app, ("GET", f"{where}/result", {}))
+    assert result.headers["x-estimated-bands"] == "sar:VV"
+
+    path = tmp_path / "vh.tif"
+    path.write_bytes(single)
+    request = SceneRequest({"sar": path}, ("dem",), steps=1)
+    served = source.served
+    (expected,) = write_scene(served.generator, request, served.identity, tmp_path / "out")
+    assert result.content == expected.read_bytes()
+
+    files = {"sar": single, "rgb": geotiff("rgb")}
+    (filled,) = ask(app, form(files, path="/v1/fill", fill="rgb", steps=1))
+    assert filled.status_code == 200, filled.text
+    assert filled.headers["x-estimated-bands"] == "sar:VV"
 
 
 def test_a_layer_that_lacks_a_band_is_not_filled(tmp_path):
