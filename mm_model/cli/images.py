@@ -23,6 +23,7 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
 from mm_model.pictures import Amount, Panel, save_amounts, save_sheet
 from mm_model.pretrained import NAME, PRETRAINED
+from mm_model.serving.bands import bands_of, missing_bands
 from mm_model.serving.overlay import labelled
 
 if TYPE_CHECKING:
@@ -331,9 +332,15 @@ def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
             got=", ".join(header.band_names),
             allowed="bands or a file name of one of " + ", ".join(MODALITIES),
         )
+    shown = fits[0]
     values, valid = thumbnail(path, _PANEL_PX)
+    named = bands_of(header, shown)
+    if missing_bands(header, shown) and named:  # what is estimated is no picture of the file
+        (band,) = (b for b in shown.bands if b.name == named[0])
+        shown, named = replace(shown, name=f"{shown.name}_{band.name}", bands=(band,)), [band.name]
+    numbers = raster.band_numbers(header, named, path.name)
     # A filled layer has one band more.
-    return Panel(values[: len(fits[0].bands)], valid, fits[0], title)
+    return Panel(values[[n - 1 for n in numbers[: len(shown.bands)]]], valid, shown, title)
 
 
 def show(what: str, out: Path, pipeline: Path) -> None:

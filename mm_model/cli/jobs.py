@@ -39,7 +39,7 @@ def jobs(cancel: str | None) -> None:
         if cancel is None:
             console.print(_table(store.all()))
         elif re.fullmatch("[0-9a-f]{32}", cancel) and forget(store, place.folder, cancel):
-            console.print(f"job {cancel} is cancelled and forgotten")
+            console.print(f"job {cancel} is ended and forgotten")
         else:
             raise _unknown(cancel)
     finally:
@@ -68,7 +68,7 @@ def _table(found: list[Job]) -> Table:
             str(job.attempt),
             told.problem.detail if told.problem and job.state is JobState.FAILED else "",
         )
-    table.caption = f"{len(found)} jobs"
+    table.caption = f"{len(found)} in all"
     return table
 
 

@@ -27,6 +27,7 @@ from serving_fixtures import (
 from mm_model import cli
 from mm_model.api import ModelIdentity, SceneVector
 from mm_model.bundle import load_bundle, load_manifest, save_bundle
+from mm_model.cli.images import panel_of
 from mm_model.data import raster
 from mm_model.errors import LayerError
 from mm_model.geo.grid import Grid
@@ -428,7 +429,7 @@ def test_who_runs_the_endpoint_sees_its_jobs_and_ends_one(mm, tmp_path, monkeypa
     assert "25%" in lines[ids["b running"]]
     assert "1.0 MB" in lines[ids["a queued"]]
 
-    assert "cancelled" in mm(*ask, "--cancel", ids["a queued"])[1]
+    assert "ended" in mm(*ask, "--cancel", ids["a queued"])[1]
     assert not (folder / ids["a queued"]).exists()
     mm(*ask, "--cancel", ids["b running"])
     assert (folder / ids["b running"]).exists()  # who works on it cleans up
@@ -439,3 +440,25 @@ def test_who_runs_the_endpoint_sees_its_jobs_and_ends_one(mm, tmp_path, monkeypa
         assert "no job" in error
     assert tmp_path.exists()
     store.close()
+
+
+def test_a_file_that_lacks_a_band_is_generated_from_and_shown_by_the_one_it_has(
+    mm, tmp_path, bundle
+):
+    path = tmp_path / "descending.tif"
+    path.write_bytes(geotiff("sar", bands=("VH",)))
+    out = tmp_path / "out"
+    asked = ("--observe", f"sar={path}", "--target", "dem", "--steps", 1, "--bundle", bundle)
+    status, said, error = mm("generate", *asked, "--out", out)
+    assert (status, error) == (0, ""), said
+    assert raster.read_header(out / "dem.tif").tags["MM_ESTIMATED_BANDS"] == "sar:VV"
+    assert (out / "picture.png").stat().st_size > 0
+    panel = panel_of(path, "observed", MODALITIES["sar"])
+    layer = make_layer("sar")
+    assert panel.modality.band_names == ("VH",)
+    assert np.array_equal(panel.values[0][layer.valid], layer.values[1][layer.valid])
+
+    turned = tmp_path / "turned.tif"  # bands go by their names
+    turned.write_bytes(geotiff("sar", bands=("VH", "VV")))
+    panel = panel_of(turned, "observed", MODALITIES["sar"])
+    assert np.array_equal(panel.values[:, layer.valid], layer.values[:, layer.valid])
