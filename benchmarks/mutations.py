@@ -395,7 +395,8 @@ def _overwrite_head(content: bytes, rng: Random, other: bytes) -> bytes:
 
 def _heads(seeds: Mapping[str, Sequence[bytes]], rng: Random, path: str) -> Mutated:
     """Headers of the request, and of parts, that are wrong or long."""
-    body = form(_one(seeds, rng), [("steps", "1")])
+    date = _choice(rng, ("2024-01-15", "+2AA-", "a-\xff", "\\ud800"))
+    body = form(_one(seeds, rng), [("steps", "1"), ("date", date)])
     long = b"X-A: " + b"a" * int(_choice(rng, (10, 8000, 100_000))) + b"\r\n"
     many = b"".join(b"X-%d: a\r\n" % k for k in range(int(_choice(rng, (1, 100, 5000)))))
     slips = b'filename="../../../../tmp/slipped.tif"'
@@ -419,7 +420,10 @@ def _heads(seeds: Mapping[str, Sequence[bytes]], rng: Random, path: str) -> Muta
                 "multipart/form-data",
                 "multipart/form-data; boundary=",
                 "multipart/form-data; boundary=" + "b" * 5000,
-                "multipart/form-data; charset=utf-7; boundary=" + BOUNDARY.decode(),
+                *(
+                    f"multipart/form-data; charset={charset}; boundary={BOUNDARY.decode()}"
+                    for charset in ("utf-7", "undefined", "punycode", "raw_unicode_escape")
+                ),
                 "multipart/mixed; boundary=" + BOUNDARY.decode(),
                 "application/x-www-form-urlencoded",
             ],

@@ -23,7 +23,7 @@ from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES, Modality
 from mm_model.pictures import Amount, Panel, save_amounts, save_sheet
 from mm_model.pretrained import NAME, PRETRAINED
-from mm_model.serving.bands import bands_of, missing_bands
+from mm_model.serving.bands import bands_of, missing_bands, numbers_of
 from mm_model.serving.overlay import labelled
 
 if TYPE_CHECKING:
@@ -334,11 +334,10 @@ def panel_of(path: Path, title: str, modality: Modality | None = None) -> Panel:
         )
     shown = fits[0]
     values, valid = thumbnail(path, _PANEL_PX)
-    named = bands_of(header, shown)
+    named, numbers = bands_of(header, shown), numbers_of(header, shown)
     if missing_bands(header, shown) and named:  # what is estimated is no picture of the file
-        (band,) = (b for b in shown.bands if b.name == named[0])
-        shown, named = replace(shown, name=f"{shown.name}_{band.name}", bands=(band,)), [band.name]
-    numbers = raster.band_numbers(header, named, path.name)
+        (band, *_) = (b for b in shown.bands if b.name in named)
+        shown = replace(shown, name=f"{shown.name}_{band.name}", bands=(band,))
     # A filled layer has one band more.
     return Panel(values[[n - 1 for n in numbers[: len(shown.bands)]]], valid, shown, title)
 

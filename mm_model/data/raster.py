@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # what PROJ's complaints are; it has no public name
 from rasterio.abc import FileContainer
 from rasterio.enums import ColorInterp
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 from rasterio.warp import Resampling, reproject
@@ -77,6 +77,9 @@ OFFSET_TAGS = ("PROCESSING_BASELINE", "BOA_ADD_OFFSET")
 first.
 """
 
+_ALPHA = ColorInterp.alpha.name
+_COLORS = (ColorInterp.red.name, ColorInterp.green.name, ColorInterp.blue.name, _ALPHA)
+
 # A target pixel that spans more source pixels than this is a summary of them, not a sample.
 _COARSENING = 1.25
 
@@ -90,6 +93,7 @@ class RasterHeader:
         dtype: NumPy name of the type on disk.
         nodata: the value that stands for "nothing known", if one is declared.
         band_names, units: one a band, "" where the file says nothing.
+        colors: one a band: red, green, blue or alpha if it is declared to be that, else "".
         scales, offsets: one a band, as the file declares them (1 and 0 where it does not).
         tags: the file's own tags.
         block_shape: rows and columns of the pieces that are decoded as a whole.
@@ -99,6 +103,7 @@ class RasterHeader:
     dtype: str
     nodata: float | None
     band_names: tuple[str, ...]
+    colors: tuple[str, ...]
     units: tuple[str, ...]
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
@@ -106,8 +111,14 @@ class RasterHeader:
     block_shape: tuple[int, int]
 
     @property
+    def image_bands(self) -> tuple[int, ...]:
+        """Numbers, from 1, of the bands that are no mask."""
+        return tuple(k for k, color in enumerate(self.colors, 1) if color != _ALPHA)
+
+    @property
     def bands(self) -> int:
-        return len(self.band_names)
+        """How many of them there are."""
+        return len(self.image_bands)
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ def read_header(file: Path | bytes | OpenFile, name: str | None = None) -> Raste
         RasterError: the file is missing, empty, or no GeoTIFF; the message names it.
     """
     with _open(file, name) as dataset:
-        return header_of(dataset)
+        return header_of(dataset, _label(file, name))
 
 
 def read_raster(
@@ -170,7 +181,7 @@ def read_raster(
     """
     label = _label(file, name)
     with _open(file, name) as dataset:
-        header = header_of(dataset)
+        header = header_of(dataset, label)
         if np.dtype(header.dtype).kind not in "iuf":
             raise RasterError(
                 f"{label}: pixel type", got=header.dtype, allowed="integers or floats"
@@ -179,6 +190,9 @@ def read_raster(
         part = window and Window(window[1], window[0], window[3], window[2])
         values = dataset.read(numbers, window=part)
         valid = (dataset.read_masks(numbers, window=part) != 0).all(axis=0)
+        # GDAL takes opacity for a mask in some types and numbers of bands only.
+        for number in set(range(1, dataset.count + 1)) - {*header.image_bands}:
+            valid &= dataset.read(number, window=part) > 0
     if values.dtype.kind == "f":
         valid &= np.isfinite(values).all(axis=0)
     scales = tuple(header.scales[n - 1] for n in numbers)
@@ -349,9 +363,12 @@ def _reproject(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """An image that lies nowhere is no fault here: `Grid.crs` says so."""
+    """An image that lies nowhere is no fault here: `Grid.crs` says so. Nor is one that has nodata
+    and opacity: what either hides is not known.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        warnings.simplefilter("ignore", NodataShadowWarning)
         yield
 
 
@@ -395,8 +412,20 @@ def _open(file: Path | bytes | OpenFile, name: str | None) -> Iterator[Any]:
         ) from error
 
 
-def header_of(dataset: Any) -> RasterHeader:
-    """What an open dataset says of itself."""
+def header_of(dataset: Any, label: str) -> RasterHeader:
+    """What an open dataset says of itself; `label` is what errors call it.
+
+    Raises:
+        GeoreferenceError: it lies somewhere, but no transform says where.
+    """
+    points = len(dataset.gcps[0])
+    if dataset.transform == Affine.identity() and (points or dataset.rpcs):
+        raise GeoreferenceError(
+            f"{label}: place of its pixels",
+            got=f"{points} ground control points" if points else "a camera model (RPC)",
+            allowed="an affine transform in the file",
+            remedy="bring it onto a grid with gdalwarp -t_srs",
+        )
     return RasterHeader(
         Grid(
             crs_to_string(dataset.crs),
@@ -407,6 +436,7 @@ def header_of(dataset: Any) -> RasterHeader:
         dataset.dtypes[0],
         dataset.nodata,
         tuple(d or "" for d in dataset.descriptions),
+        tuple(c.name if c.name in _COLORS else "" for c in dataset.colorinterp),
         tuple(u or "" for u in dataset.units),
         tuple(dataset.scales),
         tuple(dataset.offsets),
@@ -418,10 +448,10 @@ def header_of(dataset: Any) -> RasterHeader:
 def band_numbers(header: RasterHeader, bands: Sequence[int | str] | None, label: str) -> list[int]:
     """Numbers from 1 of the bands asked for; raises RasterError for one that is not there."""
     if bands is None:
-        return list(range(1, header.bands + 1))
+        return list(header.image_bands)
     numbers = []
     for band in bands:
-        if isinstance(band, int) and 1 <= band <= header.bands:
+        if isinstance(band, int) and 1 <= band <= len(header.band_names):
             numbers.append(band)
         elif isinstance(band, str) and header.band_names.count(band) == 1:
             numbers.append(header.band_names.index(band) + 1)
@@ -429,6 +459,6 @@ def band_numbers(header: RasterHeader, bands: Sequence[int | str] | None, label:
             raise RasterError(
                 f"{label}: band",
                 got=repr(band),
-                allowed=f"1 to {header.bands}, or one of {list(header.band_names)}",
+                allowed=f"1 to {len(header.band_names)}, or one of {list(header.band_names)}",
             )
     return numbers

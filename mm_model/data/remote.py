@@ -123,7 +123,7 @@ def read_window(
     """
 
     def read(dataset: Any) -> Raster | None:
-        header = header_of(dataset)
+        header = header_of(dataset, href)
         if not header.grid.crs:
             raise RasterError(f"{href} has no reference system", remedy=_LEAVE_IT)
         numbers = band_numbers(header, bands, href)

@@ -300,7 +300,7 @@ def write_copy(
             bigtiff="if_safer",
         ) as copy,
     ):
-        copy.descriptions = tuple(header.band_names[k] for k in picked)
+        copy.descriptions = tuple(header.band_names[k] or header.colors[k] for k in picked)
         copy.units = tuple(header.units[k] for k in picked)
         copy.scales = tuple(header.scales[k] for k in picked)
         copy.offsets = tuple(header.offsets[k] for k in picked)

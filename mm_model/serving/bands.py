@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_model.data.raster import RasterHeader
-from mm_model.modalities import Modality
+from mm_model.modalities import MODALITIES, Band, Modality
+
+# Sentinel-2's names of bands, by their centre in nm: what tools call red is B04 in its products.
+_SENTINEL_2_NM = {
+    "b01": 442.7, "b02": 492.4, "b03": 559.8, "b04": 664.6, "b05": 704.1, "b06": 740.5,
+    "b07": 782.8, "b08": 832.8, "b8a": 864.7, "b09": 945.1, "b11": 1613.7, "b12": 2202.4,
+}  # fmt: skip
+_TELLING = (
+    {band.name.casefold() for m in MODALITIES.values() for band in m.bands}
+    | set(_SENTINEL_2_NM)
+    | {"hh", "hv"}
+)
+_POLARISATIONS = {"vv", "vh", "hh", "hv"}
+"""Names that say what a band measures, where others ("Band 1") say nothing."""
 
 
-def bands_of(header: RasterHeader, modality: Modality) -> Sequence[str] | None:
-    """Names of a modality's bands in a file that names them, in whatever order and beside whatever
-    else; None where they go by their order.
+def bands_of(header: RasterHeader, modality: Modality) -> Mapping[str, int] | None:
+    """Name → number, from 1, of a modality's bands in a file that names them, in whatever order and
+    beside whatever else; None where they go by their order.
 
-    A file that has as many bands as the modality names all of them or none.
+    Case does not matter, Sentinel-2's names stand for what they are, and a band without a name that
+    is declared as a colour has that for a name. As many bands as the modality's go by their order
+    where no name contradicts it. Empty: all names are those of other bands.
     """
-    named = [name for name in modality.band_names if header.band_names.count(name) == 1]
+    told = [_name(*pair) for pair in zip(header.band_names, header.colors, strict=True)]
+    found = {}
+    for band in modality.bands:
+        numbers = [k for k, name in enumerate(told, 1) if name and name in _names_of(band)]
+        if len(numbers) == 1:
+            found[band.name] = numbers[0]
+    others = {name for k, name in enumerate(told, 1) if k not in found.values()} & _TELLING
+    by_order = dict(zip(modality.band_names, header.image_bands, strict=False))
     as_many = header.bands == len(modality.bands)
-    return named if named and (len(named) == len(modality.bands) or not as_many) else None
+    if not others and (not found or (as_many and found.items() <= by_order.items())):
+        return None
+    return found
+
+
+def _name(description: str, color: str) -> str:
+    """A band's name to compare; of a longer one (Sigma0_VV_db) the polarisation that it tells."""
+    name = description.strip().casefold()
+    told = _POLARISATIONS.intersection(re.split(r"[^a-z0-9]+", name))
+    return told.pop() if len(told) == 1 else name or color
+
+
+def _names_of(band: Band) -> set[str]:
+    """All that a band may be called."""
+    codes = {
+        code
+        for code, center_nm in _SENTINEL_2_NM.items()
+        if band.center_nm is not None and abs(band.center_nm - center_nm) < 1
+    }
+    return {band.name.casefold(), *codes}
+
+
+def numbers_of(header: RasterHeader, modality: Modality) -> list[int]:
+    """Numbers of a modality's bands that a file has, from 1, in the modality's order."""
+    named = bands_of(header, modality)
+    return list(header.image_bands if named is None else named.values())
 
 
 def missing_bands(header: RasterHeader, modality: Modality) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from mm_model.api import each
 from mm_model.data import raster
 from mm_model.data.strips import COPY_BLOCK_PX, strips, write_copy
 from mm_model.modalities import Modality
-from mm_model.serving.bands import bands_of
+from mm_model.serving.bands import numbers_of
 from mm_model.serving.decoders import Decoder, FileDecoder
 from mm_model.serving.generator import Generator
 from mm_model.serving.overlay import labelled
@@ -45,9 +45,8 @@ def copy_uploads(
         of_it = zip(labelled(name, files[name]), headers[name], paths, strict=True)
         for (label, content), header, path in of_it:
             with whole_file():
-                bands = bands_of(header, generator.modality(name))
-                found = decoder.pixels(content, f"part {label}", header, bands)
-                numbers = raster.band_numbers(header, bands, label)
+                numbers = numbers_of(header, generator.modality(name))
+                found = decoder.pixels(content, f"part {label}", header, numbers)
                 write_copy(path, header, numbers, [(0, found.values, found.valid)])
     return request
 
@@ -87,16 +86,16 @@ def copy_file(
     part = f"part {label}"
     with FileDecoder(path, part) as decoder:
         header = _header(decoder, part, modality, generator)
-        bands, grid = bands_of(header, modality), header.grid
+        numbers, grid = numbers_of(header, modality), header.grid
 
         def rows() -> _Rows:
             for row, height in strips(grid.height, COPY_BLOCK_PX):
                 check()
                 with whole_file():
-                    found = decoder.pixels(header, bands, (row, 0, height, grid.width))
+                    found = decoder.pixels(header, numbers, (row, 0, height, grid.width))
                 yield row, found.values, found.valid
 
-        write_copy(copy, header, raster.band_numbers(header, bands, modality.name), rows())
+        write_copy(copy, header, numbers, rows())
 
 
 def _header(

@@ -69,9 +69,13 @@ class Decoder(Protocol):
         content: bytes,
         name: str,
         header: raster.RasterHeader,
-        bands: Sequence[str] | None,
+        bands: Sequence[int | str] | None,
     ) -> raster.Raster:
-        """All bands of a file, or those of these names; raises RasterError if it is not whole."""
+        """All bands of a file, or these (numbers from 1, or names).
+
+        Raises:
+            RasterError: it is not whole.
+        """
 
 
 class InProcess:
@@ -85,7 +89,7 @@ class InProcess:
         content: bytes,
         name: str,
         header: raster.RasterHeader,
-        bands: Sequence[str] | None,
+        bands: Sequence[int | str] | None,
     ) -> raster.Raster:
         return raster.read_raster(content, name, bands=bands)
 
@@ -200,8 +204,8 @@ class _Worker:
         header = self._reply().header
         if header is None or not header.band_names:
             raise _EndedError
-        counts = {len(header.band_names), len(header.units), len(header.scales)}
-        if counts != {len(header.offsets)}:
+        each = (header.band_names, header.colors, header.units, header.scales, header.offsets)
+        if len({len(of_bands) for of_bands in each}) != 1:
             raise _EndedError
         return header
 
@@ -210,7 +214,7 @@ class _Worker:
         content: bytes,
         name: str,
         header: raster.RasterHeader,
-        bands: Sequence[str] | None,
+        bands: Sequence[int | str] | None,
         window: tuple[int, int, int, int] | None = None,
     ) -> raster.Raster:
         numbers = raster.band_numbers(header, bands, name)
@@ -310,7 +314,7 @@ class FileDecoder:
     def pixels(
         self,
         header: raster.RasterHeader,
-        bands: Sequence[str] | None,
+        bands: Sequence[int | str] | None,
         window: tuple[int, int, int, int],
     ) -> raster.Raster:
         """A window (row, column, height, width) of the bands.

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 from starlette.requests import Request
 
@@ -35,13 +36,20 @@ async def limited_form(
         TooLargeError: it is larger than allowed.
         StorageError: there is no room for it.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    media_type, charset = (
+        text.decode("latin-1") for text in (kind, options.get(b"charset", b"utf-8"))
+    )
     if media_type != "multipart/form-data":
         raise MediaTypeError(
             "body",
             got=media_type[:80] or "no Content-Type",
             allowed="multipart/form-data",
             remedy="send it with curl -F",
+        )
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):  # Python knows a hundred, some odd
+        raise MediaTypeError(
+            "charset of the form", got=charset[:80], allowed="utf-8", remedy="leave it out"
         )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:

@@ -169,23 +169,30 @@ def _check_range(name: str, modality: Modality, band: str, known: NDArray[np.flo
     least, most, median = float(known.min()), float(known.max()), float(np.median(known))
     least_median, most_median = modality.quantity.traits.plausible_median
     plausible = known.size < _MEDIAN_NEEDS_PIXELS or least_median <= median <= most_median
+    # Of few pixels, too: no ground sends as much back as to be above 0 dB everywhere.
+    plausible &= modality.quantity is not Quantity.BACKSCATTER or least < 0
     if low <= least and most <= high and plausible:
         return
     raise LayerError(
         f"layer {name}, band {band}: unit",
         got=f"values from {least:.6g} to {most:.6g}, median {median:.6g}",
         allowed=f"{low:g} to {high:g} {modality.unit}, median {least_median:g} to {most_median:g}",
-        remedy=_remedy(modality, least, most, median),
+        remedy=_remedy(modality, known, median),
     )
 
 
-def _remedy(modality: Modality, least: float, most: float, median: float) -> str:
+def _remedy(modality: Modality, known: NDArray[np.float64], median: float) -> str:
     """What the values look like, and how to make what they should be."""
     low, high = modality.valid_range
+    least, most = float(known.min()), float(known.max())
     if not np.isfinite([least, most]).all():
         return "infinite values: write them as nodata"
     match modality.quantity:
         case Quantity.REFLECTANCE if median > modality.quantity.traits.plausible_median[1]:
+            if least >= 0 and most <= 255 and not (known % 1).any():
+                return "looks like an 8-bit picture, made to be seen: send what it was made of"
+            if least >= 0 and most <= 100:
+                return "looks like percent: declare that in the file, as gdal_edit.py -scale 0.01"
             # Since processing baseline 04.00 Sentinel-2's numbers stand 1000 above zero.
             offset = "-0.1" if least >= _RAISED_DN else "0"
             return (
@@ -195,7 +202,10 @@ def _remedy(modality: Modality, least: float, most: float, median: float) -> str
         case Quantity.REFLECTANCE if least < low and most <= high:
             return "negative reflectance: clip it to 0, or write it as nodata"
         case Quantity.BACKSCATTER if least >= 0 and most <= 100:
-            return "looks like linear power: convert it to dB by 10*log10(power)"
+            return (
+                "looks like linear power: convert it to dB by 10*log10(power), or by "
+                "20*log10(amplitude) if it is amplitude"
+            )
         case Quantity.BACKSCATTER if least >= 0:
             return "looks like digital numbers: calibrate it to backscatter, then to dB"
         case Quantity.TEMPERATURE if least >= -100 and most <= 100:

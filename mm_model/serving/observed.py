@@ -21,7 +21,7 @@ from mm_model.generative.windows import Frame
 from mm_model.geo.grid import Grid
 from mm_model.modalities import LEVEL_PX, Modality
 from mm_model.scene import Scene
-from mm_model.serving.bands import bands_of, estimated_bands, missing_bands
+from mm_model.serving.bands import estimated_bands, missing_bands, numbers_of
 from mm_model.serving.generator import Generator
 from mm_model.serving.layers import (
     check_offset,
@@ -57,7 +57,7 @@ class _File:
     @property
     def bands(self) -> Sequence[str]:
         """Names of the modality's bands that it has."""
-        return bands_of(self.header, self.modality) or self.modality.band_names
+        return tuple(n for n in self.modality.band_names if n not in self.missing)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -250,8 +250,8 @@ class ObservedFiles:
 
 def _pixels(file: _File, window: tuple[int, int, int, int]) -> Pixels:
     """A window of a file on its own grid, with the bands that it has."""
-    bands = bands_of(file.header, file.modality)
-    return in_units(raster.read_raster(file.path, bands=bands, window=window), file.modality)
+    numbers = numbers_of(file.header, file.modality)
+    return in_units(raster.read_raster(file.path, bands=numbers, window=window), file.modality)
 
 
 def _nothing(modality: Modality, rows: int, width: int) -> Pixels:

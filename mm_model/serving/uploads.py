@@ -24,7 +24,7 @@ from mm_model.errors import (
 )
 from mm_model.geo.grid import Grid
 from mm_model.modalities import Modality
-from mm_model.serving.bands import bands_of, can_complete, missing_bands
+from mm_model.serving.bands import bands_of, can_complete, missing_bands, numbers_of
 from mm_model.serving.decoders import Decoder, InProcess
 from mm_model.serving.generator import EmbedRequest, Generator, Request
 from mm_model.serving.layers import ObservedLayer, check_offset, check_values, in_units
@@ -209,14 +209,16 @@ def _decode(
     decoder: Decoder,
     generator: Generator,
 ) -> ObservedLayer:
-    bands, missing = bands_of(header, modality), missing_bands(header, modality)
+    missing = missing_bands(header, modality)
     with whole_file():
-        found = decoder.pixels(content, f"part {label}", header, bands)
+        numbers = numbers_of(header, modality)
+        found = decoder.pixels(content, f"part {label}", header, numbers)
     values, valid = in_units(found, modality)
     if valid.any():
-        check_offset(label, modality, header, values[:, valid], bands or ())
+        there = [name for name in modality.band_names if name not in missing]
+        check_offset(label, modality, header, values[:, valid], there)
         if missing:  # before what is made of them hides what is wrong with them
-            check_values(label, modality, values[:, valid], bands or ())
+            check_values(label, modality, values[:, valid], there)
     return ObservedLayer(
         generator.completed(modality.name, values, missing), valid, header.grid, missing
     )
@@ -243,7 +245,15 @@ def check_header(
         LayerError: it has other bands or another type of pixels.
     """
     generator.check_side(part, header.grid)
-    if header.bands != len(modality.bands) and bands_of(header, modality) is None:
+    named = bands_of(header, modality)
+    if named is not None and not named:
+        raise LayerError(
+            f"{part}: bands",
+            got=", ".join(name[:40] or "no name" for name in header.band_names[:8]),
+            allowed=", ".join(modality.band_names),
+            remedy=f"send it as what it is; if it is {modality.name}, name its bands so",
+        )
+    if header.bands != len(modality.bands) and named is None:
         fewer = header.bands < len(modality.bands)
         raise LayerError(
             f"{part}: bands",

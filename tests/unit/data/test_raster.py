@@ -1,11 +1,14 @@
 import io
+import warnings
 
 import numpy as np
 import pytest
 import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.control import GroundControlPoint
 from rasterio.io import MemoryFile
+from rasterio.rpc import RPC
 
 from mm_model.data import georeference, raster
 from mm_model.errors import GeoreferenceError, RasterError
@@ -25,6 +28,25 @@ def layer(modality, grid, seed=0):
     else:
         values = rng.uniform(*modality.valid_range, shape).astype(np.float32)
     return values, rng.random(grid.shape) > 0.3
+
+
+@pytest.mark.parametrize("kind", ["points", "camera"])
+def test_a_place_without_a_transform_is_refused(kind, tmp_path):
+    """Its pixels lie somewhere: an answer that lies nowhere would lose that without a word."""
+    path = tmp_path / "slanted.tif"
+    corners = [(0, 0, 15.0, 45.0), (0, 9, 15.1, 45.0), (9, 0, 15.0, 44.9), (9, 9, 15.1, 44.8)]
+    points = [GroundControlPoint(r, c, x, y) for r, c, x, y in corners]
+    camera = RPC(0, 1, 45, 1, [1] + [0] * 19, [1] + [0] * 19, 5, 1, 15, 1, [1] + [0] * 19,
+                 [1] + [0] * 19, 5, 1)  # fmt: skip
+    how = {"gcps": points, "crs": "EPSG:4326"} if kind == "points" else {"rpcs": camera}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(path, "w", driver="GTiff", height=9, width=9, count=1, dtype="uint8",
+                           **how) as file:  # fmt: skip
+            file.write(np.ones((1, 9, 9), np.uint8))
+    with pytest.raises(GeoreferenceError, match=r"slanted\.tif: place") as caught:
+        raster.read_header(path)
+    assert "gdalwarp" in caught.value.remedy
 
 
 @pytest.mark.parametrize("modality", MODALITIES.values(), ids=lambda m: m.name)

@@ -154,13 +154,15 @@ def geotiff(
     return content
 
 
-def file_of(values, valid, names, grid=GRID) -> bytes:
-    """A GeoTIFF with bands of these names; NaN where nothing is known."""
+def file_of(values, valid, names, grid=GRID, colors=None) -> bytes:
+    """A GeoTIFF with bands of these names, and colours; NaN where nothing is known."""
     with rasterio.MemoryFile() as memory:
         with memory.open(
             driver="GTiff", height=grid.height, width=grid.width, count=len(values),
             dtype="float32", crs=grid.crs, transform=Affine(*grid.transform), nodata=np.nan,
         ) as file:  # fmt: skip
+            if colors is not None:
+                file.colorinterp = colors
             file.write(np.where(valid, values, np.nan).astype("float32"))
             file.descriptions = names
         return bytes(memory.getbuffer())

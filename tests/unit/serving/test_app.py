@@ -327,6 +327,23 @@ def drive(app, chunks, headers=()):
     return sent[0]["status"], taken
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "raw_unicode_escape", "x\x00"])
+def test_a_form_is_utf_8(source, charset):
+    """Python decodes a hundred charsets; some fail oddly, and some make lone surrogates."""
+    method, path, kwargs = form(date="\\ud800", width=16, height=16)
+    content = httpx.Request(method, "http://test", **kwargs)
+    kind = content.headers["content-type"]
+    for told, status in ((f"{kind}; charset={charset}", 415), (f"{kind}; charset=UTF-8", 422)):
+        headers = {"content-type": told.encode()}
+        (answer,) = ask(
+            build_app(source, serve_config()),
+            (method, path, {"content": content.read(), "headers": headers}),
+        )
+        assert answer.status_code == status, answer.text
+        if status == 415:
+            assert answer.json()["allowed"] == "utf-8"
+
+
 def test_the_body_is_limited_before_it_is_read(source):
     app = build_app(source, serve_config(max_side_px=96))
     limit = httpx.Response(200, content=ask(app, ("GET", "/v1/model", {}))[0].content).json()

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from rasterio.enums import ColorInterp
 from serving_fixtures import (
     GRID,
     ask,
@@ -125,6 +126,70 @@ def test_bands_beside_them_are_left_alone_and_as_many_without_names_go_by_order(
     ]
     assert whole.estimated == ()
     assert np.array_equal(whole.values[:, layer.valid], layer.values[:, layer.valid])
+
+
+B, G, R, N = "blue", "green", "red", "nir"
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "called", "estimated"),
+    [
+        ("rgb", (B, G, R), ("Blue", "Green", "Red"), ()),
+        ("rgb", (B, G, R), ("B02", "B03", "B04"), ()),
+        ("rgb", (N, B, G, R), ("B08", "B02", "B03", "B04"), ()),
+        ("rgb", (N, R, G), ("nir", "red", "green"), (B,)),
+        ("rgb", (R, N, B), ("red", "nir", "blue"), (G,)),
+        ("rgb", (R, G, B), ("red", "", ""), ()),
+        ("rgb", (R, G, B), ("Band 1", "Band 2", "Band 3"), ()),
+        ("sar", ("VH", "VV"), ("vh", "vv"), ()),
+        ("sar", ("VH", "VV"), ("Sigma0_VH_db", "Sigma0_VV_db"), ()),
+        ("sar", ("VH", "HH"), ("VH", "HH"), ("VV",)),
+        ("sar", ("VV", "HH"), ("VV", "HH"), ("VH",)),
+    ],
+)
+def test_bands_go_by_what_their_names_mean(name, held, called, estimated):
+    layer, modality = make_layer(name), MODALITIES[name]
+    own = dict(zip(modality.band_names, layer.values, strict=True))
+    strange = np.full(GRID.shape, 0.9 if name == "rgb" else -3.0)
+    content = file_of(np.stack([own.get(n, strange) for n in held]), layer.valid, called)
+    (found,) = read_layers({name: [content]}, GENERATOR)[name]
+    assert found.estimated == estimated
+    for k, band in enumerate(modality.band_names):
+        if band not in estimated:
+            assert np.array_equal(found.values[k][layer.valid], own[band][layer.valid])
+
+
+@pytest.mark.parametrize(
+    ("name", "called"), [("sar", ("HH", "HV")), ("rgb", ("B05", "B06", "B07")), ("dem", ("red",))]
+)
+def test_bands_of_something_else_are_refused(name, called):
+    layer = make_layer(name)
+    with pytest.raises(LayerError, match=f"part {name}: bands") as caught:
+        read_layers({name: [file_of(layer.values, layer.valid, called)]}, GENERATOR)
+    assert caught.value.got == ", ".join(called)
+    assert caught.value.allowed == ", ".join(MODALITIES[name].band_names)
+
+
+def test_bands_without_names_are_the_colours_that_the_file_declares():
+    layer, kinds = make_layer("rgb"), [ColorInterp.blue, ColorInterp.green, ColorInterp.red]
+    content = file_of(layer.values[::-1], layer.valid, ("",) * 3, colors=kinds)
+    (found,) = read_layers({"rgb": [content]}, GENERATOR)["rgb"]
+    assert np.array_equal(found.values[:, layer.valid], layer.values[:, layer.valid])
+
+
+@pytest.mark.parametrize("name", ["rgb", "sar", "dem"])
+def test_what_is_transparent_is_not_observed(name):
+    """As gdalwarp -dstalpha leaves it: 0 where nothing is known, which is a lawful value."""
+    layer = make_layer(name)
+    opaque = np.where(layer.valid, 255, 0)[None]
+    held = np.concatenate([np.where(layer.valid, layer.values, 0), opaque])
+    kinds = [ColorInterp.undefined] * (len(held) - 1) + [ColorInterp.alpha]
+    for names in ((*MODALITIES[name].band_names, ""), ("",) * len(held)):
+        content = file_of(held, True, names, colors=kinds)
+        (found,) = read_layers({name: [content]}, GENERATOR)[name]
+        assert found.estimated == ()
+        assert np.array_equal(found.valid, layer.valid)
+        assert np.array_equal(found.values[:, layer.valid], layer.values[:, layer.valid])
 
 
 def test_a_band_without_a_name_says_nothing():

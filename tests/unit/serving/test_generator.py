@@ -229,6 +229,9 @@ def test_a_wrong_request_is_refused_with_what_to_do(generator, request_, error, 
     ("name", "change", "says"),
     [
         ("rgb", lambda v: v * 10_000, "digital numbers"),
+        ("rgb", lambda v: v * 100, "percent"),
+        ("rgb", lambda v: np.round(v * 300).clip(0, 255), "8-bit picture"),
+        ("rgb", lambda v: np.where(v == v.max(), 3, v), "as nodata"),
         ("rgb", lambda v: v - 0.2, "negative reflectance"),
         ("sar", lambda v: 10 ** (v / 10), "linear power"),
         ("sar", lambda v: -v * 100, "digital numbers"),
@@ -242,6 +245,17 @@ def test_a_wrong_unit_is_named(generator, name, change, says):
     wrong = replace(layer, values=change(layer.values))
     with pytest.raises(LayerError, match=says):
         one(generator, observed={name: wrong})
+
+
+def test_few_pixels_of_linear_power_are_told_as_well(generator):
+    layer = make_layer("sar")
+    valid = np.zeros_like(layer.valid)
+    valid[:8, :8] = True
+    wrong = replace(layer, values=10 ** (layer.values / 10), valid=valid)
+    with pytest.raises(LayerError, match="linear power"):
+        one(generator, observed={"sar": wrong})
+    right = replace(layer, valid=valid)
+    one(generator, observed={"sar": right})
 
 
 def test_celsius_is_named():
