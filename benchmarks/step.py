@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,7 @@ from mm_model.conditions import FEATURES
 from mm_model.config import TrainConfig
 from mm_model.generative.sampler import sample
 from mm_model.nn.model import SceneModel, Size
-from mm_model.training.loop import make_state
+from mm_model.training.loop import clip_gradients, make_state
 from mm_model.training.state import TrainState
 from mm_model.training.step import Draws, TrainingStep, draw
 
@@ -52,7 +52,7 @@ def training_step(
         with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = objective(*inputs).total
         loss.backward()
-        nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
+        clip_gradients(state.model, config.gradient_clip)  # type: ignore[arg-type]
         state.optimizer.step()
 
     # The counter knows no fused kernel of attention; as plain products it is counted, too.

@@ -221,7 +221,7 @@ class Bench:
 
         parts: dict[str, Callable[[], Any]] = {"pairs": lambda: pairs(patches)}
         if isinstance(method, SceneMethod) and cell.regime in JUDGED:
-            few = max(1, patches // 8)
+            few = max(1, patches // 4)
             parts["steps"] = lambda: {
                 str(steps): summary(pairs(few, steps)) for steps in (STEPS, *OTHER_STEPS)
             }

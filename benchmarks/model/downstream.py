@@ -7,6 +7,7 @@ latter missing where it is used.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -45,12 +46,15 @@ def evaluate_downstream(
         regime: with complete training patches.
         patches: held-out ones, at most.
         labelled: training patches with colour and map.
-        maps: further ones, of which only the map is there.
+        maps: reference patches, of which only the map is there.
         steps: of each segmentation network.
         seed: of their start and batches.
     """
-    at = choose_patches(regime.train, regime.positions_with(regime.names), labelled + maps, seed)
+    at = choose_patches(regime.train, regime.positions_with(regime.names), labelled, seed)
     train = [regime.train.read(i, regime.names) for i in at]
+    # Of places that the method never saw: it might remember their colour.
+    further = list(itertools.chain(*regime.reference_at))[:maps]
+    train += [regime.reference.read(i, regime.names) for i in further]
     whole = set(regime.names)
     test = [regime.test.read(i, regime.names) for i in regime.test_at]
     test = [p for p in test if set(p.layers) == whole][:patches]

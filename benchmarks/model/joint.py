@@ -75,8 +75,8 @@ def compare(real: distributions.Features, other: distributions.Features) -> dict
 
 
 def real_sets(regime: Regime, positions: Sequence[int]) -> Tensor:
-    """Held-out patches as sets [N, C, H, W] in model space."""
-    patches = [regime.test.read(p, regime.names) for p in positions]
+    """Reference patches as sets [N, C, H, W] in model space."""
+    patches = [regime.reference.read(p, regime.names) for p in positions]
     return regime.codec.encode(collate(patches, regime.modalities))[0]
 
 

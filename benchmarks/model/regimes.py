@@ -57,7 +57,8 @@ class Scale:
     Attributes:
         train_places: of 64 patches.
         test_places: of 8 patches, for pairs; other places than those trained on.
-        reference_places: further ones of 8 patches, for what compares sets of scenes.
+        reference_places: further ones, of one patch, for what compares sets of scenes: patches of
+            one place are alike, and no set that is made has two of them.
         patches: held-out patches of the pairs; samples: of each.
         joint: sets made from nothing.
         probe_patches: training patches that probes learn from.
@@ -68,7 +69,7 @@ class Scale:
 
     train_places: int = 160
     test_places: int = 24
-    reference_places: int = 96
+    reference_places: int = 480
     patches: int = 48
     samples: int = 8
     joint: int = 192
@@ -89,7 +90,7 @@ class Scale:
         return f"{self.train_places}-{self.test_places}-{self.reference_places}"
 
 
-SMALL = Scale(6, 3, 8, 4, 2, 16, 8, 8, 8, 20, 10)
+SMALL = Scale(6, 3, 40, 4, 2, 16, 8, 8, 8, 20, 10)
 """Enough to see every line run."""
 
 
@@ -100,7 +101,8 @@ class Regime:
     Attributes:
         train, train_at: store and positions of the training patches.
         test, test_at: those of the held-out ones that pairs are judged on.
-        reference_at: positions in `test`, each layer whole, of two sets of other places that are
+        reference: a store of further places.
+        reference_at: positions there, each layer whole, of two sets of other places that are
             alike in number: what is generated is compared with the first, and so is the second.
         statistics: of the training patches, as `data.stats` gives them.
     """
@@ -111,6 +113,7 @@ class Regime:
     train_at: tuple[int, ...]
     test: PatchStore
     test_at: tuple[int, ...]
+    reference: PatchStore
     reference_at: tuple[tuple[int, ...], tuple[int, ...]]
     statistics: Mapping[str, Any]
     patch_px: int
@@ -218,14 +221,16 @@ def _synthetic(name: str, scale: Scale, folder: Path) -> Regime:
     planet = BOX_PLANET if name == BOX else PLANET
     home = folder / BOX if name == BOX else folder
     whole = _store(home / "train", planet, scale.train_places, patches=64)
-    places = scale.train_places + scale.test_places + scale.reference_places
+    judged = scale.train_places + scale.test_places
     # 9 patches a place, since a place is a square; choose_patches takes them in turn.
-    test = _store(home / "test", planet, places, 9, first=scale.train_places)
+    test = _store(home / "test", planet, judged, 9, first=scale.train_places)
+    all_places = judged + scale.reference_places
+    reference = _store(home / "reference", planet, all_places, 1, first=judged)
     names = [m.name for m in chosen.selected]
     hide = {"pairs": show_pair(names, UNSEEN), "pairs_control": show_pair(names)}
     train = make_view(whole, hide[name], folder / name) if name in hide else whole
-    places = list(dict.fromkeys(test.index["place_id"]))
-    for_pairs, others = places[: scale.test_places], places[scale.test_places :]
+    for_pairs = list(dict.fromkeys(test.index["place_id"]))
+    others = list(dict.fromkeys(reference.index["place_id"]))
     half = len(others) // 2
     return Regime(
         name,
@@ -234,7 +239,8 @@ def _synthetic(name: str, scale: Scale, folder: Path) -> Regime:
         tuple(range(len(train))),
         test,
         tuple(choose_patches(test, _at(test, for_pairs), 8 * len(for_pairs), 0)),
-        (_whole(test, others[:half], scale), _whole(test, others[half:], scale)),
+        reference,
+        (_whole(reference, others[:half], scale), _whole(reference, others[half:], scale)),
         load_manifest(PRETRAINED).statistics
         if name == BOX
         else _statistics(train, range(len(train)), chosen.selected, folder / f"{name}-stats.json"),
@@ -277,6 +283,7 @@ def _real(scale: Scale, folder: Path) -> Regime:
         at[TRAIN],
         store,
         at[TEST],
+        store,
         ((), ()),
         statistics,
         chosen.prepare.patch_px,

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from benchmarks.model.regimes import Regime
 from mm_model.config import TrainConfig
 from mm_model.modalities import select
+from mm_model.nn.model import SceneModel
 from mm_model.scene import Scene
 from mm_model.training.dataset import PatchDataset, collate
+from mm_model.training.loop import clip_gradients
 from mm_model.training.state import Ema
 
 BATCH = 16
@@ -162,7 +164,10 @@ class Descent:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
             loss = self._loss(number, x, mask)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._module.parameters(), self._config.gradient_clip)
+        if isinstance(self._module, SceneModel):
+            clip_gradients(self._module, self._config.gradient_clip)
+        else:
+            nn.utils.clip_grad_norm_(self._module.parameters(), self._config.gradient_clip)
         self._optimizer.step()
         self._ema.update(self._module, number)
         return float(loss.detach())

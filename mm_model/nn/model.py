@@ -133,6 +133,17 @@ class SceneModel(nn.Module):
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
 
+    def parts(self) -> list[list[nn.Parameter]]:
+        """The parameters, by what they learn from: gradients of one part tell nothing of the size
+        of another's (docs/experiments.md).
+        """
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            part, *inner = name.split(".")
+            pixels = {"pixel_networks", "sureness"}.intersection(inner)
+            found.setdefault("pixels" if pixels else part, []).append(parameter)
+        return list(found.values())
+
     @property
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs, ready for JSON."""

@@ -52,6 +52,7 @@ def make_regime(folder: Path, train: PatchStore | None = None) -> Regime:
         tuple(range(len(train))),
         test,
         tuple(range(len(test))),
+        test,
         ((), ()),
         compute_statistics(train, range(len(train)), SELECTED),
         HEIGHT,

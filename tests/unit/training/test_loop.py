@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from training_fixtures import SAR, Notes, dataset, make_model, train_config
 
 from mm_model.errors import NonFiniteLossError
-from mm_model.training.loop import learning_rate, make_state, train
+from mm_model.training.loop import clip_gradients, learning_rate, make_state, train
 from mm_model.training.state import Checkpoints, TrainState
 
 
@@ -225,3 +225,24 @@ def test_two_ranks_do_what_one_does_and_stop_together(tmp_path, uninterrupted, f
     assert "p4" in errors[0]
     _, step = spoilt_dataset()
     assert f"step {step} " in errors[0]
+
+
+def test_the_flows_gradient_does_not_shorten_the_decoders():
+    """Each part is clipped by itself, and every parameter belongs to one."""
+    model = make_model()
+    parts = model.parts()
+    assert {id(p) for part in parts for p in part} == {id(p) for p in model.parameters()}
+    assert sum(map(len, parts)) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    for parameter in model.flow.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    whole = clip_gradients(model, 1.0)
+    norms = {n: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item()
+             for n, m in (("flow", model.flow), ("decoder", model.decoder))}  # fmt: skip
+    assert norms["flow"] == pytest.approx(1, rel=1e-3)
+    kept = {n: p.grad for n, p in model.named_parameters() if not n.startswith("flow.")}
+    assert all(torch.equal(before[n], grad) for n, grad in kept.items())
+    squares = sum(grad.double().square().sum() for grad in before.values())
+    assert float(whole) == pytest.approx(float(squares) ** 0.5, rel=1e-3)
