@@ -136,7 +136,8 @@ def seam_gradient_ratio(path: Path, modality: Modality, frame: Frame) -> dict[st
     """Mean steps between neighbours, over those elsewhere, across rows and across columns together.
 
     "seam": where windows begin or end, over other borders of the decoder's cells of 8 px, since
-    these show in any window (docs/benchmarks.md). "cell": at borders of cells, over elsewhere.
+    these show in any window (docs/benchmarks.md). "border": the same over all that is elsewhere.
+    "cell": at borders of cells, over elsewhere.
     """
     windows, (top, left) = frame.windows, frame.corner
     wide = raster.read_raster(path).values.astype(np.float32)
@@ -152,8 +153,12 @@ def seam_gradient_ratio(path: Path, modality: Modality, frame: Frame) -> dict[st
         at["seam"].append(profile[border])
         at["cell"].append(profile[cell & ~border])
         at["inside"].append(profile[~cell])
-    mean = {name: float(np.concatenate(found).mean()) for name, found in at.items()}
-    return {"seam": mean["seam"] / mean["cell"], "cell": mean["cell"] / mean["inside"]}
+    seam, cell, inside = (np.concatenate(found) for found in at.values())
+    return {
+        "seam": float(seam.mean() / cell.mean()),
+        "border": float(seam.mean() / np.concatenate([cell, inside]).mean()),
+        "cell": float(cell.mean() / inside.mean()),
+    }
 
 
 def run(side: int, steps: int, given: str | None, folder: Path, threads: int) -> dict[str, float]:
