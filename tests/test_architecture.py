@@ -46,6 +46,7 @@ VENDORS = {
     "starlette": (
         "mm_model/serving/app.py",
         "mm_model/serving/access.py",
+        "mm_model/serving/ahead.py",
         "mm_model/serving/forms.py",
         "mm_model/serving/front.py",
         "mm_model/serving/jobs/routes.py",

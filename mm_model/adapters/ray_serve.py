@@ -36,6 +36,7 @@ from mm_model.data.files import prune
 from mm_model.errors import GateError, MMError, ServiceError
 from mm_model.geo.grid import Grid
 from mm_model.serving.access import check_exposure, check_kept, configured_keys, parse_keys
+from mm_model.serving.ahead import ReplicaEnd
 from mm_model.serving.app import build_app
 from mm_model.serving.generator import Generator, Request
 from mm_model.serving.jobs.routes import JobsPlace
@@ -94,7 +95,7 @@ class Endpoint:
             threading.Thread(target=self._compare, name="comparison", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
-        return build_app(
+        app = build_app(
             self._followed,
             self._config,
             self._keys,
@@ -103,6 +104,8 @@ class Endpoint:
             gather=self._gather,
             progress=self._progress,
         )
+        app.add_middleware(ReplicaEnd)  # not around it: Ray asks the application for its routes
+        return app
 
     async def counted(self) -> tuple[str, Snapshot]:
         """This replica's name, and what it has counted."""

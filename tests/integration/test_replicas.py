@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -209,6 +210,54 @@ def test_clients_lose_no_request_when_a_replica_is_killed(project):
         first, *others = (read_raster(file).values for n, file in set(answers) if n == seed)
         for other in others:
             np.testing.assert_allclose(other, first, atol=1e-2, rtol=0)
+
+
+def test_a_body_waits_outside_until_a_replica_takes_it(project):
+    stopped, sent, size = replica_pids(), 0, 60 * 2**20  # what a job may be is 64 MiB
+    head = (
+        f"POST /twins/v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {size}\r\n"
+        "Content-Type: multipart/form-data; boundary=XX\r\n\r\n"
+        '--XX\r\nContent-Disposition: form-data; name="sar"; filename="s.tif"\r\n\r\n'
+    )
+    end = b"\r\n--XX--\r\n"
+    body = head.partition("\r\n\r\n")[2].encode().ljust(size - len(end), b"\0") + end
+    with socket.create_connection(("127.0.0.1", environment.port("endpoint")), 2) as line:
+        line.sendall(head.partition("\r\n\r\n")[0].encode() + b"\r\n\r\n")
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            with suppress(TimeoutError):  # nobody takes any more
+                while sent < size:
+                    sent += line.send(body[sent : sent + 2**20])
+            assert sent < size / 2  # 4 MiB, and what the kernel holds
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        line.settimeout(60)
+        line.sendall(body[sent:])
+        assert b"415 " in line.recv(4096)  # zeros are no GeoTIFF
+
+
+def test_an_answer_is_read_from_its_file_as_its_caller_takes_it(project):
+    fields = {"width": 48, "height": 32, "steps": 1, "target": "dem"}
+    form = {name: (None, str(value)) for name, value in fields.items()}
+    with httpx.Client(timeout=60) as http:
+        job = http.post(f"{url()}/v1/jobs", files=form).json()["id"]
+        wait_until(lambda: http.get(f"{url()}/v1/jobs/{job}").json()["state"] == "done")
+        (made,) = environment.jobs_folder(MODEL).glob(f"{job}/**/*.tif")
+        size = 200 * 2**20
+        os.truncate(made, size)
+        before = read_bytes()
+        with http.stream("GET", f"{url()}/v1/jobs/{job}/result") as answer:
+            time.sleep(3)
+            assert read_bytes() - before < size / 4
+            assert sum(map(len, answer.iter_raw())) == size
+        assert read_bytes() - before >= size
+
+
+def read_bytes() -> int:
+    """What the replicas have read from files, ever."""
+    return sum(psutil.Process(pid).io_counters().read_chars for pid in replica_pids())
 
 
 def test_what_asked_for_keys_is_not_deployed_again_without_them(project, monkeypatch, tmp_path):
