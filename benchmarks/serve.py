@@ -89,6 +89,7 @@ def measure(
         "overload_s": f"{serve_load.OVERLOAD} times the most patches a second of the callers above",
         "overload_p99_accepted_s": f"the deadline is {chosen.serve.deadline_s:g} s",
         "overload_rss_growth_mb": "of the replicas, from a tenth of the time to its end",
+        "overload_proxy_rss_growth_mb": "of Ray Serve's proxy, in the same time",
         "cold_start_s": "MLflow, Ray, endpoint and model, from no process to the first answer",
     }
     for name, names in _TAKEN.items():

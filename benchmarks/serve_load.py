@@ -16,6 +16,7 @@ CALLERS = (1, 2, 4, 8, 16, 32, 64)
 OVERLOAD = 10
 """Requests that come, over those that the endpoint can answer."""
 
+_MEASURED = ("ServeReplica", "ProxyActor")
 _RAMP_SHARE = 0.1  # of the time; what memory is compared with comes after it
 
 
@@ -78,7 +79,8 @@ class Load:
             "overload_refused_share": answers.statuses[429] / sum(answers.statuses.values()),
             "overload_p50_accepted_s": answers.quantile(0.5),
             "overload_p99_accepted_s": answers.quantile(0.99),
-            "overload_rss_growth_mb": memory,
+            "overload_rss_growth_mb": memory["ServeReplica"],
+            "overload_proxy_rss_growth_mb": memory["ProxyActor"],
         }
 
     async def _closed(self, callers: int, seconds: float) -> tuple[Answers, float]:
@@ -93,10 +95,10 @@ class Load:
             await asyncio.gather(*(ask(http) for _ in range(callers)))
         return answers, time.monotonic() - began
 
-    async def _open(self, per_s: float, seconds: float) -> tuple[Answers, float]:
-        """Answers, and the growth of the replicas' memory in MB from soon after the begin."""
+    async def _open(self, per_s: float, seconds: float) -> tuple[Answers, dict[str, float]]:
+        """Answers, and by which memory in MB has grown since soon after the begin: see `rss_mb`."""
         answers, began, sent = Answers(), time.monotonic(), 0
-        before: float | None = None
+        before: dict[str, float] = {}
         running: set[asyncio.Task[int]] = set()
         async with _http() as http:
             while (now := time.monotonic() - began) < seconds:
@@ -105,12 +107,12 @@ class Load:
                     running.add(task)
                     task.add_done_callback(running.discard)
                     sent += 1
-                if before is None and now > _RAMP_SHARE * seconds:
-                    before = replicas_rss_mb()
+                if not before and now > _RAMP_SHARE * seconds:
+                    before = rss_mb()
                 await asyncio.sleep(0.01)
-            after = replicas_rss_mb()
+            after = rss_mb()
             await asyncio.gather(*running)
-        return answers, after - (before or after)
+        return answers, {kind: mb - before.get(kind, mb) for kind, mb in after.items()}
 
     async def _one(self, http: aiohttp.ClientSession, answers: Answers) -> int:
         self._seed += 1
@@ -131,17 +133,20 @@ class Load:
         return response.status
 
 
-def replicas_rss_mb() -> float:
-    """Resident memory of this project's replicas, in MB."""
-    project, total = os.environ["MM_PROJECT"], 0
+def rss_mb() -> dict[str, float]:
+    """Resident memory of this project's processes in MB, by what Ray Serve calls them."""
+    project, found = os.environ["MM_PROJECT"], dict.fromkeys(_MEASURED, 0.0)
     for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica" in " ".join(process.info["cmdline"] or ()):
-            try:
-                if process.environ().get("MM_PROJECT") == project:
-                    total += process.memory_info().rss
-            except psutil.Error:  # it has just ended, or is somebody else's
-                continue
-    return total / 1e6
+        title = " ".join(process.info["cmdline"] or ())
+        kind = next((kind for kind in _MEASURED if kind in title), None)
+        if kind is None:
+            continue
+        try:
+            if process.environ().get("MM_PROJECT") == project:
+                found[kind] += process.memory_info().rss / 1e6
+        except psutil.Error:  # it has just ended, or is somebody else's
+            continue
+    return found
 
 
 def _http() -> aiohttp.ClientSession:
