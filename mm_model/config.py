@@ -221,6 +221,7 @@ class JobsConfig(Section):
     """Long jobs of the endpoint; limits on jobs and bytes hold for each API key."""
 
     max_side_px: Annotated[int, Field(ge=16)]
+    max_memory_mb: PositiveInt
     max_upload_mb: PositiveInt
     max_jobs: PositiveInt
     max_stored_mb: PositiveInt

@@ -9,6 +9,7 @@ at every step as in memory, to the bit: nothing is blended that was made apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, tee
@@ -29,12 +30,16 @@ from mm_model.generative.sampler import (
     Chunks,
     Generative,
 )
-from mm_model.generative.windows import STRIDE, Frame, Windows
+from mm_model.generative.windows import STRIDE, Frame, Windows, distance
 
 Observed = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first row, rows) of the canvas → x [C, rows, W] in model space and mask, bool [M, rows, W].
 
 Each network asks for every row of windows once, from top to bottom."""
+
+# What C's allocator takes for strips of less than 32 MB, which leave gaps that the next ones do not
+# fit into: up to 1.9 times what is held, at any width (measured); of larger ones there are none.
+_GAPS = 2
 
 # (x_t of windows or None, context of their row, first columns, t) → what is expected of them.
 _Estimate = Callable[[Tensor | None, Any, Sequence[int], float], Tensor]
@@ -252,38 +257,100 @@ class RowSampler:
     ) -> Iterator[Tensor]:
         """One step from strips at time t to strips at `after`, [C, rows, W] each.
 
-        Without strips, what is estimated depends on none.
+        Without strips, what is estimated depends on none. While other steps work, this one holds
+        what `column_bytes` counts, so nothing else may outlive a row here.
         """
-        high, wide = windows.size
-        weight = windows.weight.float()
-        alone = len(windows.corners) == 1
+        high = windows.size[0]
         held: Tensor | None = None  # x_t from the first row of the present windows on
-        sums, total = None, torch.zeros(high, windows.width)
+        sums: Tensor | None = None  # of those rows that windows further down reach, too
         ends = [*windows.rows[1:], windows.height]
         for row, end, context in zip(windows.rows, ends, contexts, strict=True):
             while strips is not None and (held is None or held.shape[1] < high):
-                fresh = next(strips)
-                held = fresh if held is None else torch.cat([held, fresh], 1)
-            for columns in self._groups(windows):
-                pieces = None if held is None else _cut(held[:, :high], columns, wide)
-                made = estimate(pieces, context, columns, t).float().cpu()
-                if strips is not None:
-                    self._tell(len(columns))
-                if sums is None:
-                    sums = made.new_zeros(made.shape[1], high, windows.width)
-                for column, piece in zip(columns, made, strict=True):
-                    here = slice(column, column + wide)
-                    sums[:, :, here] += piece if alone else piece * weight
-                    total[:, here] += 1 if alone else weight
-            assert sums is not None
+                held = next(strips) if held is None else torch.cat([held, next(strips)], 1)
+            sums = self._summed(windows, sums, held, context, estimate, t)
             done = end - row
-            strip = sums[:, :done] / total[:done]
+            strip = sums[:-1, :done] / sums[-1, :done]
+            sums = sums[:, done:].clone()  # a view would keep all of it
             if held is not None:
                 strip = advance(strip, held[:, :done], t, after)
-                held = held[:, done:].clone()  # a view would keep all of it
+                held = held[:, done:].clone()
             yield strip
-            sums = F.pad(sums[:, done:], (0, 0, 0, done))
-            total = F.pad(total[done:], (0, 0, 0, done))
+
+    def _summed(
+        self,
+        windows: Windows,
+        sums: Tensor | None,
+        held: Tensor | None,
+        context: Any,
+        estimate: _Estimate,
+        t: float,
+    ) -> Tensor:
+        """[C + 1, rows, W]: estimates of a row of windows by their weights, and these, added to
+        what the rows of windows above have left.
+        """
+        high, wide = windows.size
+        weight = windows.weight.float()
+        if len(windows.corners) == 1:
+            weight = torch.ones(high, wide)  # to the bit what the window says
+        if sums is not None:
+            sums = F.pad(sums, (0, 0, 0, high - sums.shape[1]))
+        for columns in self._groups(windows):
+            pieces = None if held is None else _cut(held[:, :high], columns, wide)
+            made = estimate(pieces, context, columns, t).float().cpu()
+            if held is not None:
+                self._tell(len(columns))
+            if sums is None:
+                sums = made.new_zeros(made.shape[1] + 1, high, windows.width)
+            for column, piece in zip(columns, made, strict=True):
+                here = slice(column, column + wide)
+                sums[:-1, :, here] += piece * weight
+                sums[-1, :, here] += weight
+        assert sums is not None
+        return sums
+
+
+def column_bytes(
+    model: Generative, height: int, passes: Sequence[Pass], kept: Collection[str], steps: int
+) -> int:
+    """Most bytes that `RowSampler` holds at once for each pixel of a scene's width.
+
+    Beside a scene's z, whose strips are put together at its end, every step holds rows of its own,
+    and rows of windows between the first step and the last keep their context. What is held for
+    the windows in progress does not grow with the width, and is left out.
+
+    Args:
+        model: what samples.
+        height: of the scene, px.
+        passes: of the decoder.
+        kept: targets that are observed in parts.
+        steps: of the decoder.
+    """
+    high = min(model.patch_px, height + -height % STRIDE)
+    apart = min(distance(model.patch_px), high)
+    rows = -(-height // apart) + 1  # of windows
+    overlap = model.patch_px / distance(model.patch_px)  # so often a column is in a row of windows
+    tokens = high / STRIDE**2  # below a pixel's width, in one row of windows
+    z = model.scene_channels * (-(-height // STRIDE) + 1) / STRIDE
+
+    def flow(channels: int, cell: int, steps: int, context: float) -> float:
+        held = channels * (high + apart) + high - apart  # strips and sums, see `_step`
+        # The step that works holds as much again, twice.
+        return _GAPS * (steps + 2) * held / cell**2 + min(steps, rows) * context
+
+    latent = model.scene_channels
+    scene = flow(
+        latent,
+        STRIDE,
+        SCENE_STEPS * steps if steps > 1 else 1,
+        (model.token_width + latent) * tokens * overlap,
+    )
+    most = scene + 2 * z
+    for made in passes:
+        seen = len(_channels(model, made.direct | set(kept)))
+        context = (seen + len(model.names) / 4) * high  # the mask takes a byte
+        targets = len(_channels(model, made.targets))
+        most = max(most, z + flow(targets, 1, steps, context))
+    return math.ceil(4 * most)
 
 
 def _cut(rows: Tensor, columns: Sequence[int], wide: int) -> Tensor:

@@ -52,6 +52,7 @@ class Generative(Protocol):
     patch_px: int
     seen_sets: tuple[tuple[frozenset[str], int], ...]
     scene_channels: int
+    token_width: int
     added_names: tuple[str, ...]
 
     def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...

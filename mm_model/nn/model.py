@@ -89,6 +89,7 @@ class SceneModel(nn.Module):
         self.seen_sets = tuple((frozenset(s["modalities"]), int(s["patches"])) for s in seen_sets)
         self.patch_px = patch_px
         self.scene_channels = size.scene_channels
+        self.token_width = size.dim
         self.codec = codec
         channels, count = sum(m.channels for m in modalities[:first]), first
         self.encoder = SceneEncoder(

@@ -58,13 +58,15 @@ def copied_to(folder: Path, request: SceneRequest) -> SceneRequest:
     return replace(request, observed=observed)
 
 
-def check_file(path: Path, label: str, modality: Modality, generator: Generator) -> None:
-    """Check the header of an upload on disk; raises as `copy_file` does."""
+def check_file(
+    path: Path, label: str, modality: Modality, generator: Generator
+) -> raster.RasterHeader:
+    """The header of an upload on disk; raises as `copy_file` does."""
     part = f"part {label}"
     with path.open("rb") as file:
         check_signature(file.read(4), part, path.stat().st_size)
     with FileDecoder(path, part) as decoder:
-        _header(decoder, part, modality, generator)
+        return _header(decoder, part, modality, generator)
 
 
 def copy_file(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from model_fixtures import NAMES, make_model, make_scene
 
 from mm_model.conditions import FEATURES
 from mm_model.generative.plan import plan
-from mm_model.generative.rows import RowSampler
+from mm_model.generative.rows import RowSampler, column_bytes
 from mm_model.generative.sampler import sample
 from mm_model.generative.windows import Frame, Windows
 
@@ -105,6 +106,38 @@ def test_progress_counts_every_window_and_can_cancel() -> None:
 
     with pytest.raises(TimeoutError):
         RowSampler(MODEL, frame, Shown(x, mask, frame), progress=stop).scene(1, 2)
+
+
+def live_bytes() -> int:
+    """Of all tensors that somebody holds."""
+    held = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor]
+    return sum({s.data_ptr(): s.nbytes() for s in held}.values())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "steps", "targets"),
+    [(31, 500, 6, ["map"]), (150, 400, 2, ["rgb", "map"]), (130, 200, 8, ["dem"])],
+)
+def test_memory_is_what_is_said_of_it(height, width, steps, targets) -> None:
+    """No more, and not far less: gaps of the allocator are half of it."""
+    x, mask = observed(("sar",), height, width)
+    frame = Frame(height, width, MODEL.patch_px)
+    shown, before, most, calls = Shown(x, mask, frame), live_bytes(), 0, 0
+
+    def look(_: int) -> None:
+        nonlocal most, calls
+        calls += 1
+        if calls % 7 == 0:
+            most = max(most, live_bytes() - before)
+
+    rows = RowSampler(MODEL, frame, shown, progress=look, precision="bf16")
+    z = rows.scene(1, steps)
+    passes = plan(["sar"], targets, MODEL.seen_sets)
+    for one in passes:
+        for _ in rows.decode(z, one, 1, steps):
+            pass
+    said = width * column_bytes(MODEL, height, passes, (), steps)
+    assert said / 6 < most < said
 
 
 def test_the_same_place_gives_the_same_picture_in_any_canvas() -> None:

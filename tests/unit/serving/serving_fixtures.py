@@ -115,6 +115,7 @@ def serve_config(**changes: object) -> ServeConfig:
         "alias_poll_s": 1,
         "jobs": {
             "max_side_px": 2048,
+            "max_memory_mb": 1024,
             "max_upload_mb": 64,
             "max_jobs": 4,
             "max_stored_mb": 256,

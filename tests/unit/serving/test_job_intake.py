@@ -1,14 +1,16 @@
 """Uploads of jobs: how many at once, for whom there is room, how slow they may be."""
 
 import asyncio
+import re
 import threading
 from contextlib import asynccontextmanager, suppress
 
 import httpx
 import pytest
-from serving_fixtures import ask, form, geotiff, make_source, refused, serve_config
+from serving_fixtures import GRID, ask, form, geotiff, make_source, refused, serve_config
 
 from mm_model.api import JobInfo, JobState
+from mm_model.geo.grid import Grid
 from mm_model.serving.access import KeyScope, new_key, parse_keys
 from mm_model.serving.app import build_app
 from mm_model.serving.jobs import intake
@@ -21,6 +23,7 @@ TWO, LINE_TWO = new_key("two", frozenset({KeyScope.GENERATE}))
 KEYS = parse_keys(f"{LINE_ONE}\n{LINE_TWO}", "keys")
 JOBS = {
     "max_side_px": 2048,
+    "max_memory_mb": 1024,
     "max_upload_mb": 64,
     "max_stored_mb": 256,
     "keep_hours": 1,
@@ -206,6 +209,27 @@ def test_a_job_that_is_queued_keeps_its_files_whoever_leaves(tmp_path, monkeypat
 
     job = asyncio.run(run())
     assert (job.state, job.problem) == (JobState.DONE, None)
+
+
+def test_a_job_that_memory_does_not_hold_is_refused_and_told_what_would_fit(tmp_path):
+    """By its form, or by the header of its file."""
+    app = endpoint(tmp_path, max_memory_mb=24)
+    wide = {"width": 2000, "height": 48, "target": "map", "path": "/v1/jobs"}
+    sar = {"sar": geotiff("sar", Grid(GRID.crs, GRID.transform, 48, 2000))}
+    told = {"target": "map", "path": "/v1/jobs"}
+    many, read, few = ask(
+        app, form(steps=64, **wide), form(sar, steps=64, **told), form(steps=1, **wide)
+    )
+    assert few.status_code == 201, few.text
+    for answer in (many, read):
+        problem = refused(answer, 413, "too_large")
+        assert problem.got.endswith("for 2000 px and 64 steps")
+        assert problem.allowed == "24 MiB (serve.jobs.max_memory_mb)"
+    steps, width = map(int, re.findall(r"\d+", problem.remedy))
+    again = [{"steps": steps}, {"steps": steps + 1}, {"steps": 64, "width": width}]
+    fits, over, narrow = ask(app, *(form(**{**wide, **asked}) for asked in again))
+    assert (fits.status_code, narrow.status_code) == (201, 201)
+    refused(over, 413, "too_large")
 
 
 def test_what_is_too_long_for_a_request_is_sent_to_jobs(tmp_path):

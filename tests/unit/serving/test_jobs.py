@@ -104,6 +104,8 @@ def test_what_is_wrong_is_said_at_once_or_by_the_job(tmp_path):
     refused(create(app, {"sar": geotiff("rgb", GRID)}, target="dem"), 422, "layer")
     refused(create(app, {"sar": b"no TIFF"}, target="dem"), 415, "media_type")
     refused(create(app, {"../sar": sar}, target="dem"), 422, "unknown_modality")
+    far = geotiff("rgb", Grid(GRID.crs, (10.0, 0.0, 300_000.0, 0.0, -10.0, 4_000_000.0), 28, 44))
+    refused(create(app, {"sar": sar, "rgb": far}, target="dem"), 422, "georeference")
     assert [p.name for p in (tmp_path / "jobs").iterdir() if p.is_dir()] == []
     layer = make_layer("sar", GRID)
     power = raster.encode_geotiff(

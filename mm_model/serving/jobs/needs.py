@@ -1,0 +1,68 @@
+"""What a job takes of memory, told from its form and its files' headers before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mm_model.api import MIN_SIDE_PX
+from mm_model.errors import TooLargeError
+from mm_model.generative.plan import plan
+from mm_model.generative.rows import column_bytes
+from mm_model.geo.grid import Grid
+from mm_model.serving.generator import Generator
+from mm_model.serving.requests import SceneRequest, check_request
+
+
+def grid_of(
+    request: SceneRequest, grids: Mapping[str, Sequence[Grid]], generator: Generator
+) -> Grid:
+    """The grid that a request is answered on.
+
+    Args:
+        request: a checked one.
+        grids: of its files, by modality.
+        generator: knows the modalities, and the limits.
+
+    Raises:
+        TooLargeError, GeoreferenceError: as `Generator.check_grids`.
+    """
+    if not grids:
+        assert request.grid is not None  # `check_request` refuses a request with neither
+        return request.grid
+    if request.fill is not None:
+        return generator.check_grids({request.fill: grids[request.fill]})
+    ordered = {name: grids[name] for name in generator.modalities if name in grids}
+    return generator.check_grids(ordered, request.grid)
+
+
+def memory_bytes(request: SceneRequest, grid: Grid, generator: Generator, steps: int) -> int:
+    """Most that generating takes at once, which grows with the width and the steps; beside it are
+    the model and the rows of files that are read and written.
+    """
+    model, targets = generator.model, check_request(request, generator)
+    passes = plan(
+        [name for name in request.observed if name not in targets],
+        targets,
+        model.seen_sets,
+        model.added_names,
+    )
+    kept = [request.fill] if request.fill is not None else []
+    return grid.width * column_bytes(model, grid.height, passes, kept, steps)
+
+
+def check_memory(request: SceneRequest, grid: Grid, generator: Generator, max_mb: int) -> None:
+    """Raise TooLargeError, which names what would fit, if a job takes more memory than allowed."""
+    needed, allowed = memory_bytes(request, grid, generator, request.steps), max_mb * 2**20
+    if needed <= allowed:
+        return
+    width_px = grid.width * allowed // needed
+    fewer = range(request.steps - 1, 0, -1)
+    fit = (k for k in fewer if memory_bytes(request, grid, generator, k) <= allowed)
+    fits = [f"{k} steps" for k in [next(fit, 0)] if k]
+    fits += [f"a width of {width_px} px"] * (width_px >= MIN_SIDE_PX)
+    raise TooLargeError(
+        "memory that the job's width and steps take",
+        got=f"{needed / 2**20:.0f} MiB for {grid.width} px and {request.steps} steps",
+        allowed=f"{max_mb} MiB (serve.jobs.max_memory_mb)",
+        remedy=f"ask for at most {' or '.join(fits)}, or for fewer targets at once",
+    )
