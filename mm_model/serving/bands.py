@@ -17,12 +17,12 @@ _SENTINEL_2_NM = {
     "b01": 442.7, "b02": 492.4, "b03": 559.8, "b04": 664.6, "b05": 704.1, "b06": 740.5,
     "b07": 782.8, "b08": 832.8, "b8a": 864.7, "b09": 945.1, "b11": 1613.7, "b12": 2202.4,
 }  # fmt: skip
+_POLARISATIONS = {"vv", "vh", "hh", "hv"}
 _TELLING = (
     {band.name.casefold() for m in MODALITIES.values() for band in m.bands}
     | set(_SENTINEL_2_NM)
-    | {"hh", "hv"}
+    | _POLARISATIONS
 )
-_POLARISATIONS = {"vv", "vh", "hh", "hv"}
 """Names that say what a band measures, where others ("Band 1") say nothing."""
 
 
