@@ -19,7 +19,7 @@ ZIP_NAME = "generated.zip"
 def pack(
     paths: Sequence[Path], targets: Sequence[Modality], *, zipped: bool | None = None
 ) -> tuple[Path, str, Provenance]:
-    """A lone GeoTIFF as it is, several in a zip beside them with a `manifest.json`.
+    """A lone GeoTIFF as it is, several moved into a zip with a `manifest.json`.
 
     Args:
         paths: of the GeoTIFFs, in one folder; their names begin as `write_scene` has them begin.
@@ -57,4 +57,5 @@ def pack(
             entry = zipfile.ZipInfo(path.name, ZIP_DATE)
             with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as into:
                 shutil.copyfileobj(source, into, 2**20)
+            path.unlink()  # at once: both would take twice the room
     return packed, ZIP, provenance

@@ -1,10 +1,14 @@
-"""What a job takes of memory, told from its form and its files' headers before it begins."""
+"""What a job takes of memory and of the disk, told by its form and headers before it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from mm_model.api import MIN_SIDE_PX
+from mm_model.data.raster import RasterHeader
+from mm_model.data.strips import BLOCK_PX
 from mm_model.errors import TooLargeError
 from mm_model.generative.plan import plan
 from mm_model.generative.rows import column_bytes
@@ -66,3 +70,43 @@ def check_memory(request: SceneRequest, grid: Grid, generator: Generator, max_mb
         allowed=f"{max_mb} MiB (serve.jobs.max_memory_mb)",
         remedy=f"ask for at most {' or '.join(fits)}, or for fewer targets at once",
     )
+
+
+def disk_bytes(
+    request: SceneRequest,
+    grid: Grid,
+    headers: Mapping[str, Sequence[RasterHeader]],
+    generator: Generator,
+) -> int:
+    """Most that a job writes beside its uploads: their copies, and what is made of them.
+
+    As though nothing could be compressed; overviews add a third.
+    """
+    copies = 0
+    for name, of_it in headers.items():
+        for header in of_it:
+            bands = min(header.bands, len(generator.modality(name).bands))
+            pixels = header.grid.height * header.grid.width
+            copies += bands * np.dtype(header.dtype).itemsize * pixels
+    down, across = (-(-side // BLOCK_PX) * BLOCK_PX for side in grid.shape)
+    made = uncertain = 0  # bytes a pixel of one sample, and of what all have in common
+    for modality in map(generator.modality, check_request(request, generator)):
+        bands = len(modality.bands) + (modality.name == request.fill)
+        made += bands * np.dtype(modality.dtype).itemsize
+        if request.uncertainty:
+            classes = len(modality.classes) + 1  # and the entropy
+            uncertain += 4 * (classes if modality.is_categorical else 2 * bands)
+    results = (request.samples * made + uncertain) * 4 // 3
+    # Beside them what samples have in common is gathered, and one of all is there as raw pixels.
+    return copies + down * across * (results + uncertain + max(made, uncertain))
+
+
+def check_disk(needed: int, max_bytes: int) -> None:
+    """Raise TooLargeError if a job takes more of the disk than all of its owner's may."""
+    if needed > max_bytes:
+        raise TooLargeError(
+            "what the job writes, with its uploads",
+            got=f"up to {needed / 2**20:.0f} MiB",
+            allowed=f"{max_bytes / 2**20:.0f} MiB (serve.jobs.max_stored_mb)",
+            remedy="ask for fewer samples or targets, or for pieces of it",
+        )

@@ -20,14 +20,14 @@ from starlette.responses import FileResponse, JSONResponse
 
 from mm_model.api import TIFF, ZIP, JobInfo, JobState, each
 from mm_model.config import ServeConfig
-from mm_model.geo.grid import Grid
+from mm_model.data.raster import RasterHeader
 from mm_model.serving import openapi
 from mm_model.serving.access import holder_of
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import check_file
 from mm_model.serving.forms import limited_form
 from mm_model.serving.jobs.intake import Intake, expected_bytes, steady
-from mm_model.serving.jobs.needs import check_memory, grid_of
+from mm_model.serving.jobs.needs import check_disk, check_memory, disk_bytes, grid_of
 from mm_model.serving.jobs.store import Job, JobStore
 from mm_model.serving.jobs.worker import UPLOADS, Worker, for_scenes, parse
 from mm_model.serving.metrics import Metrics
@@ -163,7 +163,7 @@ class Jobs:
         # What a name may be is known now: modalities' names, and no path.
         place = self._folder / job_id
         folder = place / UPLOADS
-        stored, grids = 0, dict[str, list[Grid]]()
+        stored, headers = 0, dict[str, list[RasterHeader]]()
         with ExitStack() as undo:
             # Here, and not where a caller may leave: what is queued by then keeps its files.
             undo.callback(shutil.rmtree, place, ignore_errors=True)
@@ -174,9 +174,13 @@ class Jobs:
                     stored += _save(upload.file, folder / path.stem)
                     modality = generator.modality(name)
                     header = check_file(folder / path.stem, label, modality, generator)
-                    grids.setdefault(name, []).append(header.grid)
+                    headers.setdefault(name, []).append(header)
+            grids = {name: [header.grid for header in of_it] for name, of_it in headers.items()}
             grid = grid_of(request, grids, generator)
             check_memory(request, grid, generator, self._config.max_memory_mb)
+            # Room is kept from now on for what it may come to hold.
+            stored += disk_bytes(request, grid, headers, generator)
+            check_disk(stored, self._room[1])
             store.check_room(owner, *self._room, stored)
             job = store.add(job_id, owner, texts, names, stored)
             undo.pop_all()

@@ -62,6 +62,7 @@ class Job:
 
     Attributes:
         form: names and texts of the form's fields.
+        stored_bytes: that it holds on disk; until it ends, the most that it may come to hold.
         files: names of the modalities that were sent, one a file, in the order of the form.
         began_s: when the present attempt began, seconds since 1970.
         done, work: windows that are computed, and all; 0 before it is known.
@@ -246,10 +247,24 @@ class JobStore:
                 return self.get(job_id)
         return None
 
-    def renew(self, job: Job, done: int, work: int) -> bool:
-        """Say that the holder lives, and how far it is; false if it holds the job no more."""
-        values = {"lease_until_s": time.time() + LEASE_S, "done": done, "work": work}
+    def renew(self, job: Job, done: int, work: int, stored_bytes: int = 0) -> bool:
+        """Say that the holder lives, how far it is, and what the job has on disk; false if it
+        holds the job no more. What was kept for the job stays so.
+        """
+        values = {
+            "lease_until_s": time.time() + LEASE_S,
+            "done": done,
+            "work": work,
+            "stored_bytes": max(stored_bytes, job.stored_bytes),
+        }
         return self._update(_held(job), values)
+
+    def stored_beside(self, job: Job) -> int:
+        """Bytes of the other jobs of its owner."""
+        others = (_C.model == self._model) & (_C.owner == job.owner) & (_C.id != job.id)
+        query = sa.select(sa.func.coalesce(sa.func.sum(_C.stored_bytes), 0)).where(others)
+        with self._connected() as connection:
+            return int(connection.scalar(query) or 0)
 
     def release(self, job: Job) -> None:
         """Let another process begin the job anew; the attempt does not count."""

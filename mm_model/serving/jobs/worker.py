@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mm_model.api import each
 from mm_model.config import JobsConfig
 from mm_model.data import raster
 from mm_model.data.files import needs_room
-from mm_model.errors import DeadlineError, MMError, ServiceError
+from mm_model.errors import DeadlineError, MMError, ServiceError, StorageError
 from mm_model.serving.batching import ModelSource, Served
 from mm_model.serving.copies import copied_to, copy_file
 from mm_model.serving.generator import Generator
@@ -119,7 +120,7 @@ class Worker:
         began = time.monotonic()
         try:
             with (
-                _Held(self._store, job, self._ending, self._tell, self._config.max_hours) as held,
+                _Held(self._store, job, place, self._ending, self._tell, self._config) as held,
                 needs_room("what the job makes"),
             ):
                 outcome = self._answer(job, served, place, folder, held)
@@ -136,7 +137,7 @@ class Worker:
             outcome = MMError(f"internal error ({type(error).__name__})")
         if isinstance(outcome, MMError):
             shutil.rmtree(folder, ignore_errors=True)
-        size = sum(p.stat().st_size for p in folder.glob("*")) if folder.is_dir() else 0
+        size = size_bytes(folder)
         if self._store.finish(job, outcome, size, keep_s):
             self._ended(outcome.code if isinstance(outcome, MMError) else "done", began)
             # What was sent, and what attempts have left whose process was killed.
@@ -177,6 +178,9 @@ class Worker:
                 "the process that worked on the job ended", got=f"{MAX_ATTEMPTS} times"
             )
         generator = for_scenes(served.generator, self._config)
+        for left in place.glob("*"):  # by an attempt whose process was killed
+            if left.name != UPLOADS:
+                shutil.rmtree(left, ignore_errors=True)
         copies = folder / "copies"
         copies.mkdir(parents=True, exist_ok=True)
         request = copied_to(copies, parse(job.form, job.files, generator))
@@ -188,11 +192,9 @@ class Worker:
         shutil.rmtree(copies)
         height, width = raster.read_header(written[0]).grid.shape
         path, media_type, provenance = pack(written, list(generator.modalities.values()))
+        held.check_room()
         for name in provenance.targets:
             self._counted.pixels.labels(name).inc(request.samples * height * width)
-        for part in written:
-            if part != path:
-                part.unlink()
         return {
             "file": str(path.relative_to(place)),
             "media_type": media_type,
@@ -207,14 +209,17 @@ class _Held:
         self,
         store: JobStore,
         job: Job,
+        place: Path,
         ending: threading.Event,
         tell: Callable[[], None],
-        max_hours: float,
+        config: JobsConfig,
     ) -> None:
         self._store, self._job, self._ending, self._tell_all = store, job, ending, tell
-        self._max_hours, self._until = max_hours, time.monotonic() + 3600 * max_hours
+        self._place, self._max_bytes = place, config.max_stored_mb * 2**20
+        self._max_hours = config.max_hours
+        self._until = time.monotonic() + 3600 * config.max_hours
         self._over, self._lost = threading.Event(), threading.Event()
-        self._at = (0, 0)
+        self._at, self._owner_bytes = (0, 0), 0
         self._thread = threading.Thread(target=self._renew, name="job held", daemon=True)
 
     def __enter__(self) -> _Held:
@@ -234,6 +239,24 @@ class _Held:
             )
         if self._lost.is_set() or self._ending.is_set():
             raise _LostError
+        if self._owner_bytes > self._max_bytes:
+            raise StorageError(
+                "jobs hold too many bytes, this one's among them",
+                got=f"{self._owner_bytes / 2**20:.1f} MiB",
+                allowed=f"{self._max_bytes / 2**20:.0f} MiB (serve.jobs.max_stored_mb)",
+                remedy="delete jobs whose results you have, or ask for fewer samples or targets",
+            )
+
+    def check_room(self) -> None:
+        """Check at once, as is done every second."""
+        self._measure()
+        self.check()
+
+    def _measure(self) -> int:
+        """Bytes that the job has on disk; those of all jobs of its owner are kept for `check`."""
+        mine = size_bytes(self._place)
+        self._owner_bytes = mine + self._store.stored_beside(self._job)
+        return mine
 
     def tell(self, done: int, work: int) -> None:
         self._at = (done, work)
@@ -243,7 +266,7 @@ class _Held:
         said = ""
         while not self._over.wait(min(_LOOK_S, LEASE_S / 4)):
             try:
-                if not self._store.renew(self._job, *self._at):
+                if not self._store.renew(self._job, *self._at, self._measure()):
                     self._lost.set()
                     return
                 self._tell_all()
@@ -251,6 +274,16 @@ class _Held:
                 if repr(error) != said:  # not every second
                     _LOG.exception("job %s: the database is away", self._job.id)
                 said = repr(error)
+
+
+def size_bytes(folder: Path) -> int:
+    """Of all files below a folder; 0 if there is none."""
+    size = 0
+    for place, _, names in os.walk(folder):  # which takes it that folders come and go
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += (Path(place) / name).stat().st_size
+    return size
 
 
 def for_scenes(generator: Generator, config: JobsConfig) -> Generator:
