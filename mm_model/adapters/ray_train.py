@@ -29,6 +29,7 @@ from mm_model.nn.model import SceneModel, Size
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.loop import make_state, train
 from mm_model.training.preview import Preview
+from mm_model.training.regress import fit_regressions
 from mm_model.training.start import continued, grown
 from mm_model.training.state import Checkpoints
 
@@ -84,7 +85,14 @@ class Job:
         torch.manual_seed(self.config.seed)
         codec = Codec(self.modalities, self.statistics)
         size = Size(**self.size.model_dump())
-        return SceneModel(self.modalities, size, codec, self.seen_sets, patch_px=self.patch_px)
+        return SceneModel(
+            self.modalities,
+            size,
+            codec,
+            self.seen_sets,
+            patch_px=self.patch_px,
+            regressions=True,
+        )
 
 
 def launch(job: Job) -> None:
@@ -108,8 +116,11 @@ def _work(job: Job, *, rank: int, world: int, device: torch.device) -> None:
         store, job.positions, job.modalities, seed=job.config.seed, batch=job.config.batch
     )
     shown = [store.read(i) for i in job.shown] if rank == 0 else []
+    model = job.model()
+    if job.start is None:
+        fit_regressions(model, dataset, job.config.seed)
     train(
-        make_state(job.model().to(device), job.config),
+        make_state(model.to(device), job.config),
         dataset,
         job.config,
         checkpoints=job.checkpoints,

@@ -25,6 +25,7 @@ from mm_model.nn.blocks import (
     zero_,
 )
 from mm_model.nn.pixels import PixelNetworks, Sureness, Waves, uncorrelated
+from mm_model.nn.regressions import Regressions
 
 FINE_CHANNELS = 16  # features that reach the full-resolution head
 
@@ -50,11 +51,13 @@ class Decoder(nn.Module):
 
     Args:
         owner: modality of each channel, [C], of those that are not learnt later.
+        regressions: what pixels tell in closed form; None if that was not solved for.
     """
 
     def __init__(
         self,
         owner: Tensor,
+        regressions: Regressions | None,
         conditions: int,
         width: int,
         dim: int,
@@ -98,6 +101,7 @@ class Decoder(nn.Module):
 
         self.waves = Waves(channels)
         self.pooled_waves = nn.Linear(self.waves.width, width)
+        self.regressions = regressions
         self.pixel_networks = PixelNetworks(channels, modalities, owner)
         self.sureness = Sureness(modalities, width, channels)
         self.mixing = uncorrelated(channels)
@@ -171,6 +175,8 @@ class Decoder(nn.Module):
         contexts = []
         for head, part in zip(heads, parts, strict=True):
             pixel = head.pixel_networks(seen, waves, shown)
+            if head is self and self.regressions is not None:
+                pixel = pixel + self.regressions(seen, shown)
             log_variance, log_scales = head.sureness(told, features)
             contexts.append(Context(pixel.detach() + _sum(*part), log_variance, log_scales, pixel))
         return Context(*(torch.cat(c, 1) if added else c[0] for c in zip(*contexts, strict=True)))

@@ -16,6 +16,7 @@ from mm_model.modalities import Modality
 from mm_model.nn import posterior
 from mm_model.nn.added import Added
 from mm_model.nn.decoders import Context, Decoder
+from mm_model.nn.regressions import Regressions
 from mm_model.nn.scene_encoder import Encoded, SceneEncoder
 from mm_model.nn.scene_flow import SceneFlow
 
@@ -53,6 +54,8 @@ class SceneModel(nn.Module):
         patch_px: side of the windows it was trained on, and samples in.
         added: names of modalities that are learnt after the others, beside networks that stay; the
             last of `modalities`, in that order.
+        regressions: whether the decoder has what pixels tell in closed form, which
+            `decoder.regressions.fit` solves for before training. Older bundles have none.
     """
 
     owner: Tensor
@@ -67,6 +70,8 @@ class SceneModel(nn.Module):
         seen_sets: Sequence[Mapping[str, Any]],
         patch_px: int = 64,
         added: Sequence[str] = (),
+        *,
+        regressions: bool = False,
     ) -> None:
         super().__init__()
         if tuple(modalities) != codec.modalities:
@@ -105,8 +110,10 @@ class SceneModel(nn.Module):
             count, FEATURES, size.dim, size.flow_depth, size.heads, size.scene_channels
         )
         owner = torch.tensor([i for i, m in enumerate(modalities) for _ in range(m.channels)])
+        classes = torch.tensor([m.is_categorical for m in self.modalities])
         self.decoder = Decoder(
             owner[:channels],
+            Regressions(owner[:channels], classes[owner][:channels]) if regressions else None,
             FEATURES,
             size.decoder_width,
             size.dim,
@@ -129,7 +136,6 @@ class SceneModel(nn.Module):
             }
         )
         self.register_buffer("owner", owner, persistent=False)
-        classes = torch.tensor([m.is_categorical for m in self.modalities])
         self.register_buffer("is_class", classes[owner][:, None, None], persistent=False)
         settled = torch.tensor([m.name not in added for m in self.modalities])
         self.register_buffer("settled", settled, persistent=False)
@@ -153,6 +159,7 @@ class SceneModel(nn.Module):
             "size": asdict(self.size),
             "patch_px": self.patch_px,
             "added": list(self.added_names),
+            "regressions": self.decoder.regressions is not None,
             "seen_sets": [{"modalities": sorted(s), "patches": n} for s, n in self.seen_sets],
         }
 
@@ -173,6 +180,7 @@ class SceneModel(nn.Module):
                 config["seen_sets"],
                 config["patch_px"],
                 config["added"],
+                regressions=bool(config.get("regressions", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("model configuration", got=repr(error)) from error
@@ -202,6 +210,7 @@ class SceneModel(nn.Module):
             sets,
             self.patch_px,
             (*self.added_names, modality.name),
+            regressions=self.decoder.regressions is not None,
         )
         kept = {n: t for n, t in self.state_dict().items() if not n.startswith("codec.")}
         grown.load_state_dict(kept, strict=False)

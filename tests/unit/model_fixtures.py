@@ -53,17 +53,31 @@ def statistics(modalities: Sequence[Modality] = FIVE, patches: int = 10) -> dict
 
 
 def make_model(
-    modalities: Sequence[Modality] = FIVE, *, seed: int = 0, patch_px: int = 32, sets: list = ()
+    modalities: Sequence[Modality] = FIVE,
+    *,
+    seed: int = 0,
+    patch_px: int = 32,
+    sets: list = (),
+    regressions: bool = False,
 ) -> SceneModel:
     """A toy model with random weights everywhere, the zero-initialised ones too."""
     stats = statistics(modalities)
     torch.manual_seed(seed)
     model = SceneModel(
-        modalities, SIZE, Codec(modalities, stats), list(sets) or stats["sets"], patch_px
+        modalities,
+        SIZE,
+        Codec(modalities, stats),
+        list(sets) or stats["sets"],
+        patch_px,
+        regressions=regressions,
     )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        if model.decoder.regressions is not None:
+            for name in ("weight", "trust", "prior"):
+                buffer = getattr(model.decoder.regressions, name)
+                buffer.copy_(0.1 * torch.rand_like(buffer))
     return model.eval()
 
 

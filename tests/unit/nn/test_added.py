@@ -32,7 +32,9 @@ def grow(model: SceneModel) -> SceneModel:
     return grown.eval()
 
 
-BEFORE = make_model().requires_grad_(False)  # as a bundle is loaded: torch rounds otherwise with it
+BEFORE = make_model(regressions=True).requires_grad_(
+    False
+)  # as a bundle is loaded: torch rounds otherwise with it
 AFTER = grow(BEFORE).requires_grad_(False)
 
 
