@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mm_model.nn.model import SceneModel
 FORMAT = 3  # 1: elevation had one channel a band; 2: the decoder read x_t without a closed form
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 _MODEL_KEYS = {"size", "modalities", "added", "seen_sets", "patch_px"}
+_LATER_MODEL_KEYS = {"regressions"}  # older bundles lack it
 _KEYS = {
     "format",
     "bundle_id",
@@ -49,9 +50,9 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        model: what `SceneModel.config` gave: modalities, added, size, seen_sets, patch_px. A
-            bundle carries its own modality table, so that it does not change meaning when the
-            registry does.
+        model: what `SceneModel.config` gave: modalities, added, size, seen_sets, patch_px,
+            regressions. A bundle carries its own modality table, so that it does not change
+            meaning when the registry does.
         gsd_m: ground sampling distances it was trained at, in metres.
         statistics: of the training split, as `data.stats` writes them.
         provenance: JSON-ready record of origin: commit, data hashes, parameters, sources, run.
@@ -236,12 +237,14 @@ def _bundle_id(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _check_keys(record: Any, expected: set[str], where: str) -> None:
+def _check_keys(
+    record: Any, expected: set[str], where: str, possible: Collection[str] = ()
+) -> None:
     if not isinstance(record, dict):
         raise BundleError(where, got=type(record).__name__, allowed="an object")
     if missing := expected - record.keys():
         raise BundleError(f"{where} lacks {', '.join(sorted(missing))}")
-    if unknown := record.keys() - expected:
+    if unknown := record.keys() - expected - {*possible}:
         raise BundleError(f"{where} has unknown {', '.join(sorted(unknown))}")
 
 
@@ -254,7 +257,7 @@ def _parse_manifest(record: Any, file: Path) -> Manifest:
             remedy="train it again, or load it with the version of mm_model that made it",
         )
     _check_keys(record, _KEYS, str(file))
-    _check_keys(record["model"], _MODEL_KEYS, f"{file}: model")
+    _check_keys(record["model"], _MODEL_KEYS, f"{file}: model", _LATER_MODEL_KEYS)
     expected = _bundle_id(record)
     if record["bundle_id"] != expected:
         raise BundleError(

@@ -35,9 +35,7 @@ def test_what_holds_in_training_patches_is_told_of_others() -> None:
     present = torch.zeros_like(mask)
     present[:, 0] = mask[:, 0]
     seen = torch.where(model.channelwise(present), x, 0)
-    found = model.decoder.regressions(
-        seen.permute(0, 2, 3, 1), present.permute(0, 2, 3, 1).float()
-    )
+    found = model.decoder.regressions(seen.permute(0, 2, 3, 1), present.permute(0, 2, 3, 1).float())
     assert found.shape == (len(held_out), x.shape[1], HEIGHT, WIDTH)
     both = (mask[:, :1] & mask[:, 1:2]).expand(-1, 2, -1, -1)
     left = (found - x)[:, 3:5][both].var() / x[:, 3:5][both].var()
