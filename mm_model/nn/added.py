@@ -48,7 +48,7 @@ class Added(nn.Module):
         self.decoder_roles = nn.Linear(2, decoder_width, bias=False)
         self.condition = nn.Linear(self.time.width + 2, dim, bias=False)
         self.fine_in = nn.Conv2d(channels, fine_width, 3, padding=1, bias=False)
-        self.base = nn.Linear(decoder_width, channels * cell)
+        self.base = zero_(nn.Linear(decoder_width, channels * cell))
         self.fine_out = zero_(nn.Conv2d(fine_width, channels, 3, padding=1))
         self.coarse = zero_(nn.Linear(z, channels))
         owner = torch.zeros(channels, dtype=torch.long)

@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         self.skip = nn.Linear(2 * width, width)
         self.up_blocks = nn.ModuleList(ResidualBlock(width, dim) for _ in range(2))
         self.out_norm = AdaptiveGroupNorm(width, dim)
-        self.base = nn.Linear(width, channels * cell)
+        self.base = zero_(nn.Linear(width, channels * cell))
 
         # The head at full resolution makes the pictures and takes what observed pixels tell of
         # theirs; the shortcuts from z, there from the first step, keep it from learning to ignore
