@@ -1,20 +1,26 @@
-"""What one observed modality tells of another at the same pixel, by regression in closed form.
+"""What one observed modality tells of another, by regression in closed form.
 
-Gradient descent takes thousands of steps to what the normal equations give in two seconds: near
-infrared from red, green and blue, say. So these are solved before the first step, and the networks
-learn what they leave (docs/experiments.md). Each ordered pair of modalities has a ridge regression
-on random Fourier features of its own, so that pairs that never occur together are just not there.
+Gradient descent takes thousands of steps to what the normal equations give in seconds: near
+infrared from colour at a pixel, or land cover from radar whose speckle is averaged. So these are
+solved before the first step, and the networks learn what they leave (docs/experiments.md). Each
+ordered pair of modalities has a ridge regression of its own, on random Fourier features (Rahimi and
+Recht 2007) of the pixel and of means about it, so that pairs that never occur together are just not
+there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_model.nn.blocks import to_image
+from mm_model.nn.blocks import FINE_STRIDE, fold, to_image
 
-WAVES = 32
-_FREQUENCY = 6.0  # standard deviation of the phase's slope, in radians a unit of model space
+WAVES, WIDE_WAVES = 32, 16  # of the pixel, and of each mean about it
+_FREQUENCY, _WIDE_FREQUENCY = 6.0, 3.0  # deviation of the phase's slope, radians a unit
+MEANS_PX = (4, 12, 36)  # sides of the squares that are averaged, at a quarter of the resolution
 _RIDGE = 1e-4  # beside features of variance 1/2; and 1 / patches² on top
 _LEAST_PATCHES = 8  # of which both modalities are known; of fewer nothing is believed
 _LEAST_VARIANCE = 1e-6  # in model space: no source is believed without end
@@ -22,7 +28,7 @@ _LEAST_PROBABILITY = 0.01  # of a class: a regression may say less than nothing
 
 
 class Regressions(nn.Module):
-    """Expected values of every modality, given what is observed at a pixel.
+    """Expected values of every modality, given each that is observed.
 
     Where several modalities are observed, each one's expectation weighs by the inverse square of
     the variance that it leaves: of two that tell the same, neither counts twice.
@@ -32,7 +38,8 @@ class Regressions(nn.Module):
         is_class: whether each channel is a class, [C].
 
     Attributes:
-        weight: [M, F, C], from features of each source to all channels; 0 until `fit`.
+        near, far: [M, features, C], weights from each source's features to all channels; 0 until
+            `fit`.
         trust: [M, C], what each source's expectation weighs; 0 where it tells nothing.
         prior: [C], what is expected where nothing is observed: 0, or the logarithm of a class's
             share.
@@ -40,20 +47,25 @@ class Regressions(nn.Module):
 
     owner: Tensor
     is_class: Tensor
+    own: Tensor
     projection: Tensor
-    weight: Tensor
+    near: Tensor
+    far: Tensor
     trust: Tensor
     prior: Tensor
 
     def __init__(self, owner: Tensor, is_class: Tensor) -> None:
         super().__init__()
         channels, modalities = len(owner), int(owner.max()) + 1
-        drawn = torch.randn(modalities, channels, WAVES, generator=torch.Generator().manual_seed(1))
         own = owner == torch.arange(modalities)[:, None]  # [M, C]
+        drawn = torch.randn(modalities, channels, WAVES, generator=torch.Generator().manual_seed(1))
+        near, far = 1 + channels + 2 * WAVES, len(MEANS_PX) * (channels + 2 * WIDE_WAVES)
         self.register_buffer("owner", owner, persistent=False)
         self.register_buffer("is_class", is_class, persistent=False)
-        self.register_buffer("projection", _FREQUENCY * drawn * own[..., None])
-        self.register_buffer("weight", torch.zeros(modalities, 1 + channels + 2 * WAVES, channels))
+        self.register_buffer("own", own, persistent=False)
+        self.register_buffer("projection", drawn * own[..., None])
+        self.register_buffer("near", torch.zeros(modalities, near, channels))
+        self.register_buffer("far", torch.zeros(modalities, far, channels))
         self.register_buffer("trust", torch.zeros(modalities, channels))
         self.register_buffer("prior", torch.zeros(channels))
 
@@ -66,86 +78,214 @@ class Regressions(nn.Module):
             present: [B, H, W, M], 1 where a modality is observed.
         """
         batch, height, width, channels = seen.shape
-        # Of what is observed somewhere in the sample alone: features are what it costs.
-        sample, source = present.amax((1, 2)).nonzero(as_tuple=True)
         with torch.autocast(seen.device.type, enabled=False):
-            pixels = seen.float().reshape(batch, -1, channels)[sample]
-            known = present.float().reshape(batch, height * width, -1)[sample, :, source]
-            expected = torch.bmm(self._features(pixels, source), self.weight[source])
-            weights = known[..., None] * self.trust[source, None]
-            each = pixels.new_zeros(2, batch, len(self.trust), height * width, channels)
-            each[0, sample, source], each[1, sample, source] = weights * expected, weights
-            summed, total = each.sum(2)
-            found = torch.where(total > 0, summed / total.clamp_min(1e-12), 0)
-            shares = self._shares(found).log()
-            logits = torch.where(total > 0, shares, self.prior)
-            found = torch.where(self.is_class, logits, found)
-        return to_image(found.view(batch, height, width, channels))
+            seen, present = seen.float(), present.float()
+            # Of what is observed somewhere in the sample alone: features are what it costs.
+            there = present.amax((1, 2)) > 0
+            sample, source = there.nonzero(as_tuple=True)
+            pixels = seen[sample] * self.own[source, None, None]
+            known = present[sample, ..., source]
+            expected = self._expected(pixels, known, source)
+            weights = known[..., None] * self.trust[source, None, None]
+            summed, total = seen.new_zeros(2, batch, height, width, channels)
+            # The first source of every sample, then the second: sums of an order of their own.
+            turn = (there.cumsum(1) - 1)[sample, source]
+            for now in (turn == k for k in range(int(there.sum(1).amax()))):
+                total[sample[now]] += weights[now]
+                summed[sample[now]] += weights[now] * expected[now]
+            found = summed / total.clamp_min(1e-12)  # 0 where nothing tells anything
+            logits = torch.where(total > 0, self._shares(found).log(), self.prior)
+            return to_image(torch.where(self.is_class, logits, found))
+
+    def _expected(self, pixels: Tensor, known: Tensor, source: Tensor) -> Tensor:
+        """[K, H, W, C], what each of K sources expects of all channels; arguments as of `_far`."""
+        count, height, width, channels = pixels.shape
+        sizes = [1, channels, WAVES, WAVES]
+        offset, linear, sines, cosines = torch.split(self.near[source], sizes, 1)
+        flat = pixels.flatten(1, 2)
+        phase = self._phase(flat, source)
+        found = torch.baddbmm(offset, flat, linear)
+        found = torch.baddbmm(found, phase.sin(), sines)
+        found = torch.baddbmm(found, phase.cos_(), cosines)
+        far = self._far(pixels, known, source)
+        wide = torch.bmm(far.flatten(1, 2), self.far[source]).view(*far.shape[:3], channels)
+        return found.view(count, height, width, channels) + _enlarged(wide)
 
     @torch.no_grad()
-    def fit(self, pixels: Tensor, known: Tensor, patch: Tensor) -> None:
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Solve for the weights.
 
         What a regression leaves is measured on patches that it has not seen, halves in turn, so
         that few of them are not believed more than they deserve.
 
         Args:
-            pixels: in model space, [N, C].
-            known: bool [N, M].
-            patch: which patch each pixel is of, [N].
+            batches: x in model space, [N, C, H, W]; bool mask [N, M, H, W]; and which pixels of
+                each patch to look at, [N, P], numbered row by row.
         """
-        modalities = len(self.trust)
-        for target in range(modalities):
+        moments = _Moments(len(self.trust), self.near.shape[1] + self.far.shape[1], self.owner)
+        for x, mask, at in batches:
+            y = _at(x, at)
+            known = _at(mask.to(x.dtype), at) > 0
+            moments.begin(len(x))
+            for source in range(len(self.trust)):
+                features = self._features_at(x, mask, at, source)
+                moments.add(source, features, y, known)
+        for target in range(len(self.trust)):
             channels = self.owner == target
-            if bool(known[:, target].any()):
-                mean = pixels[known[:, target]].mean(0)
-                usual = torch.where(self.is_class, self._shares(mean).log(), 0)
-                self.prior[channels] = usual[channels]
-            for source in range(modalities):
-                both = known[:, source] & known[:, target]
-                if source != target and _count(patch[both]) >= _LEAST_PATCHES:
-                    self._fit_pair(source, channels, pixels[both], patch[both])
+            usual = torch.where(self.is_class, self._shares(moments.mean(target)).log(), 0)
+            self.prior[channels] = usual[channels]
+            for source in range(len(self.trust)):
+                if source != target and moments.patches[source, target].min() >= _LEAST_PATCHES / 2:
+                    self._solve(moments, source, target)
 
-    def _fit_pair(self, source: int, target: Tensor, pixels: Tensor, patch: Tensor) -> None:
-        truth = pixels[:, target]
-        features = self._features(pixels[None], torch.tensor([source], device=pixels.device))[0]
-        left = torch.zeros_like(truth)
-        second = _rank(patch) % 2 == 1
-        for mine in (second, ~second):
-            weight = _ridge(features[mine], truth[mine], patch[mine])
-            left[~mine] = features[~mine] @ weight - truth[~mine]
-        variance, usual = left.square().mean(0), truth.var(0)
-        if bool(self.is_class[target].any()):  # one weight for all, so that shares add up to 1
+    def _solve(self, moments: _Moments, source: int, target: int) -> None:
+        channels = self.owner == target
+        halves = [moments.left(source, target, half)[channels] for half in (0, 1)]
+        variance, usual = torch.stack(halves).mean(0), moments.variance(source, target)[channels]
+        if bool(self.is_class[channels].any()):  # one weight for all: shares add up to 1
             variance, usual = variance.mean().expand_as(variance), usual.mean()
+        weight, first = moments.weight(source, target)[:, channels].float(), self.near.shape[1]
+        self.near[source][:, channels] = weight[:first]
+        self.far[source][:, channels] = weight[first:]
         trust = torch.where(variance < usual, variance.clamp_min(_LEAST_VARIANCE) ** -2, 0)
-        self.weight[source][:, target] = _ridge(features, truth, patch)
-        self.trust[source, target] = trust
+        self.trust[source, channels] = trust.float()
 
-    def _features(self, pixels: Tensor, source: Tensor) -> Tensor:
-        """[K, N, F]: of pixels [K, N, C], of one source each, [K]."""
-        own = pixels * (self.owner == source[:, None])[:, None]
-        phase = torch.bmm(own, self.projection[source])
-        return torch.cat([torch.ones_like(own[..., :1]), own, phase.sin(), phase.cos()], -1)
+    def _features_at(self, x: Tensor, mask: Tensor, at: Tensor, source: int) -> Tensor:
+        """[N, P, features], near and far, of the pixels that are looked at."""
+        which = torch.full((len(x),), source, device=x.device)
+        known = mask[:, source].to(x.dtype)
+        pixels = x.movedim(1, -1) * self.own[source] * known[..., None]
+        looked = pixels.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, x.shape[1]))
+        far = to_image(self._far(pixels, known, which))
+        height, width = x.shape[2:]
+        where = torch.stack([at % width * 2 + 1, at // width * 2 + 1], -1).to(x.dtype)
+        where = where / torch.tensor([width, height], device=x.device) - 1
+        wide = F.grid_sample(far, where[:, None], padding_mode="border", align_corners=False)
+        return torch.cat([self._near(looked, which), wide[:, :, 0].mT], -1)
+
+    def _near(self, pixels: Tensor, source: Tensor) -> Tensor:
+        """[K, N, features] of pixels [K, N, C], each row of one source."""
+        phase = self._phase(pixels, source)
+        return torch.cat([torch.ones_like(pixels[..., :1]), pixels, phase.sin(), phase.cos()], -1)
+
+    def _phase(self, pixels: Tensor, source: Tensor) -> Tensor:
+        return torch.bmm(pixels, _FREQUENCY * self.projection[source])
+
+    def _far(self, pixels: Tensor, known: Tensor, source: Tensor) -> Tensor:
+        """[K, H/4, W/4, features]: of means over what is known; pixels [K, H, W, C], 0 elsewhere;
+        known [K, H, W].
+        """
+        folded = fold(torch.cat([pixels, known[..., None]], -1), FINE_STRIDE)
+        cells = to_image(
+            folded.view(*folded.shape[:3], FINE_STRIDE**2, pixels.shape[-1] + 1).mean(-2)
+        )
+        projection = _WIDE_FREQUENCY * self.projection[source, :, :WIDE_WAVES]
+        found: list[Tensor] = []
+        wider = pixels.new_zeros(())
+        for side in reversed(MEANS_PX):
+            box = side // FINE_STRIDE
+            summed = F.avg_pool2d(cells, box, 1, box // 2).movedim(1, -1)
+            share = summed[..., -1:]
+            # Where a square knows nothing, the one about it may.
+            wider = torch.where(share > 0, summed[..., :-1] / share.clamp_min(1e-6), wider)
+            phase = torch.bmm(wider.flatten(1, 2), projection)
+            phase = phase.view(*wider.shape[:-1], WIDE_WAVES)
+            found += [wider, phase.sin(), phase.cos()]
+        return torch.cat(found, -1)
 
     def _shares(self, expected: Tensor) -> Tensor:
         """Shares of classes from their expected values [..., C]; 1 in all other channels."""
-        count = torch.bincount(self.owner)[self.owner]
+        count = self.own.sum(1)[self.owner]
         shares = (expected + 1 / count).clamp_min(_LEAST_PROBABILITY)
         return torch.where(self.is_class, shares, 1)
 
 
-def _ridge(features: Tensor, truth: Tensor, patch: Tensor) -> Tensor:
-    """Weights [F, C]. Pixels of a patch are alike: what is few is patches."""
-    gram = features.T @ features / len(features)
-    gram.diagonal().add_(_RIDGE + 1 / _count(patch) ** 2)
-    weight: Tensor = torch.linalg.solve(gram, features.T @ truth / len(features))
-    return weight
+class _Moments:
+    """Second moments of every pair's features and values, of patches in two halves.
+
+    Args:
+        modalities: their number.
+        features: theirs.
+        owner: modality of each channel of the values, [C].
+    """
+
+    def __init__(self, modalities: int, features: int, owner: Tensor) -> None:
+        shape, channels = (modalities, modalities, 2), len(owner)
+
+        def zeros(*more: int) -> Tensor:
+            return owner.new_zeros(*shape, *more, dtype=torch.float64)
+
+        self._owner = owner
+        self._gram, self._cross = zeros(features, features), zeros(features, channels)
+        self._sum, self._squares, self._pixels = zeros(channels), zeros(channels), zeros()
+        self.patches = zeros()
+        self._total, self._count = self._sum.new_zeros(channels), self._sum.new_zeros(channels)
+        self._first = self._next = 0
+
+    def begin(self, patches: int) -> None:
+        """As many further patches are coming."""
+        self._first, self._next = self._next, self._next + patches
+
+    def add(self, source: int, features: Tensor, y: Tensor, known: Tensor) -> None:
+        """Features [N, P, features] of a source, values [N, P, C], known [N, P, M]."""
+        if source == 0:
+            there = known[..., self._owner].double()
+            self._total += (y.double() * there).sum((0, 1))
+            self._count += there.sum((0, 1))
+        number = torch.arange(self._first, self._next, device=y.device)
+        for target in range(known.shape[-1]):
+            for half in (0, 1) if target != source else ():
+                both = known[..., source] & known[..., target] & (number % 2 == half)[:, None]
+                phi, values = features[both], y[both]
+                where = (source, target, half)
+                self._gram[where] += (phi.T @ phi).double()
+                self._cross[where] += (phi.T @ values).double()
+                self._sum[where] += values.double().sum(0)
+                self._squares[where] += values.double().square().sum(0)
+                self._pixels[where] += len(phi)
+                self.patches[where] += both.any(1).sum()
+
+    def mean(self, target: int) -> Tensor:
+        """[C]: of each channel wherever it is known."""
+        return (self._total / self._count.clamp_min(1)).float()
+
+    def variance(self, source: int, target: int) -> Tensor:
+        """[C], where both are known."""
+        pixels, first, second = (
+            m[source, target].sum(0) for m in (self._pixels, self._sum, self._squares)
+        )
+        return second / pixels - (first / pixels).square()
+
+    def weight(self, source: int, target: int, half: int | None = None) -> Tensor:
+        """[features, C], of one half of the patches, or of all."""
+        halves = (0, 1) if half is None else (half,)
+        at = [(source, target, h) for h in halves]
+        gram, cross, pixels, patches = (
+            torch.stack([m[i] for i in at]).sum(0)
+            for m in (self._gram, self._cross, self._pixels, self.patches)
+        )
+        # Pixels of a patch are alike: what is few is patches.
+        ridge = _RIDGE + 1 / patches.square()
+        regular = gram / pixels + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight: Tensor = torch.linalg.solve(regular, cross / pixels)
+        return weight
+
+    def left(self, source: int, target: int, half: int) -> Tensor:
+        """[C]: mean square that the weights of one half leave in the other."""
+        weight, other = self.weight(source, target, half), (source, target, 1 - half)
+        told = (weight * (self._gram[other] @ weight - 2 * self._cross[other])).sum(0)
+        found: Tensor = (self._squares[other] + told) / self._pixels[other]
+        return found
 
 
-def _rank(patch: Tensor) -> Tensor:
-    """[N]: which of the patches that occur each pixel is of, from 0."""
-    return torch.searchsorted(torch.unique(patch), patch)
+def _at(images: Tensor, at: Tensor) -> Tensor:
+    """[N, P, C]: pixels of images [N, C, H, W]."""
+    return images.flatten(2).gather(2, at[:, None].expand(-1, images.shape[1], -1)).mT
 
 
-def _count(patch: Tensor) -> int:
-    return len(torch.unique(patch))
+def _enlarged(tokens: Tensor) -> Tensor:
+    """[K, h, w, C] → [K, 4 h, 4 w, C], bilinearly."""
+    images = F.interpolate(
+        to_image(tokens), scale_factor=FINE_STRIDE, mode="bilinear", align_corners=False
+    )
+    return images.movedim(1, -1)

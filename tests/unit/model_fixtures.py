@@ -75,7 +75,7 @@ def make_model(
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
         if model.decoder.regressions is not None:
-            for name in ("weight", "trust", "prior"):
+            for name in ("near", "far", "trust", "prior"):
                 buffer = getattr(model.decoder.regressions, name)
                 buffer.copy_(0.1 * torch.rand_like(buffer))
     return model.eval()
