@@ -87,11 +87,6 @@ class NoScene(SceneModel):
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
         self.encoder = nn.Identity()  # type: ignore[assignment]
         self.flow = nn.Identity()  # type: ignore[assignment]
-        # Without a scene, an observed modality that is not seen directly tells nothing. So any pair
-        # is decoded directly, seen together or not, which is the best that such a model can do.
-        pairs = [frozenset((a, b)) for a in self.names for b in self.names if a < b]
-        known = {s for s, _ in self.seen_sets}
-        self.seen_sets += tuple((p, 0) for p in pairs if p not in known)
 
     def encode(self, x: Tensor, mask: Tensor) -> Encoded:
         batch, _, height, width = x.shape

@@ -234,8 +234,8 @@ def _unseen(results: Results) -> str:
         return ""
     head = [f"{NIR} and {SAR}: dB above a constant", "never seen together", "seen together"]
     return table(head, rows) + (
-        "\n\nSpecialists, which have no network for the unseen pair, go through a third modality; "
-        "`no_scene` is asked directly; ours goes through the scene alone."
+        "\n\nNothing was taught the unseen pair: specialists, `no_scene` and ours go through a third "
+        "modality that was seen with both, ours and `no_scene` through the last declared one."
     )
 
 

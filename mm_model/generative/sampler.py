@@ -234,8 +234,11 @@ def decode_scene(
         result[rows] = torch.where(makes, made_x, result[rows])
         for i in rows:
             if passes[i][k].targets & frozenset().union(*(p.direct for p in passes[i][k + 1 :])):
-                x[i], mask[i] = _beside(model, frame, result[i], passes[i][: k + 1])
-    return frame.crop(result)
+                shown, there = _beside(model, frame, result[i], passes[i][: k + 1])
+                x[i] = torch.where(model.channelwise(there[None])[0], shown, x[i])
+                mask[i] |= there
+    wanted = _flags(model, list(map(frozenset, _targets_of_each(targets, len(x)))), x.device)
+    return torch.where(model.channelwise(wanted), frame.crop(result), 0)
 
 
 def sample(
@@ -382,7 +385,7 @@ class Chunks:
 def _beside(
     model: Generative, frame: Frame, result: Tensor, passes: Sequence[Pass]
 ) -> tuple[Tensor, Tensor]:
-    """What was made from nothing as though it were observed: x [C, H, W] and mask [M, H, W].
+    """What earlier passes made as though it were observed: x [C, H, W] and mask [M, H, W].
 
     On its way it takes physical units: one class a pixel, and elevation split anew.
     """
@@ -433,7 +436,7 @@ def _plans(
                 remedy="a modality is either observed or a target",
             )
         ordered = sorted(names, key=model.names.index)
-        plans.append(plan(observed, ordered, model.seen_sets, model.added_names))
+        plans.append(plan(observed, ordered, model.names, model.seen_sets, model.added_names))
     return plans
 
 

@@ -266,23 +266,32 @@ class MadeFiles:
     Args:
         files: modality name → GeoTIFF.
         generator: knows the modalities.
+        observed: what is really observed, on the same grid.
+        kept: layers of it that are there, too.
     """
 
-    def __init__(self, files: Mapping[str, Path], generator: Generator) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        generator: Generator,
+        observed: ObservedFiles | None = None,
+        kept: Sequence[str] = (),
+    ) -> None:
         self._files = {generator.modality(n): files[n] for n in generator.modalities if n in files}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(modality.name for modality in self._files)
+        self._observed, self._kept = observed, kept
+        self.names = tuple(n for n in generator.modalities if n in files or n in kept)
 
     def read(self, row: int, rows: int) -> dict[str, Pixels]:
         """All layers on rows of the grid."""
         found = {}
+        if self._observed is not None and self._kept:
+            there = self._observed.read(row, rows)
+            found = {name: there[name] for name in self._kept}
         for modality, path in self._files.items():
             width = raster.read_header(path).grid.width
             part = raster.read_raster(path, window=(row, 0, rows, width))
             found[modality.name] = in_units(part, modality)
-        return found
+        return {name: found[name] for name in self.names}
 
 
 class ModelRows:

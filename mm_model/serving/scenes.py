@@ -132,7 +132,7 @@ class _Job:
         self._folder.mkdir(parents=True, exist_ok=True)
         frame = Frame(self.grid.height, self.grid.width, model.patch_px, self.grid.position)
         known = [n for n in self._names if n not in self._targets]
-        passes = plan(known, self._targets, model.seen_sets, model.added_names)
+        passes = plan(known, self._targets, model.names, model.seen_sets, model.added_names)
         rows = RowSampler(
             model,
             frame,
@@ -152,17 +152,24 @@ class _Job:
                 z = rows.scene(seed, asked.steps)
                 made: dict[str, Path] = {}
                 for one in passes:
-                    names = [n for n in self._targets if n in one.targets]
+                    names = [n for n in model.names if n in one.targets]
                     kept = [n for n in names if n == asked.fill]
                     seen = {n: path for n, path in made.items() if n in one.direct}
-                    if seen:  # nothing is observed: each target sees those before it
-                        beside = ModelRows(MadeFiles(seen, self._generator), self._codec, frame)
-                        canvas = replace(rows, observed=beside).decode(z, one, seed, asked.steps)
+                    if seen:  # each target sees what leads to it
+                        layers = MadeFiles(seen, self._generator, self._files, kept)
+                        beside = ModelRows(layers, self._codec, frame)
+                        canvas = replace(rows, observed=beside).decode(
+                            z, one, seed, asked.steps, kept
+                        )
                     else:
                         canvas = rows.decode(z, one, seed, asked.steps, kept)
                     paths = self._write(canvas, frame, names, sample, moments)
                     made |= zip(names, paths, strict=True)
-                written += made.values()
+                for name, path in made.items():
+                    if name in self._targets:
+                        written.append(path)
+                    else:  # it led to a target, and nobody asked for it
+                        path.unlink()
             written += [self._write_moments(found) for found in moments.values()]
         return [self._folder / name for name in sorted(p.name for p in written)]
 
@@ -224,7 +231,7 @@ class _Job:
                 "MM_SAMPLE": str(sample),
             },
             categorical=modality.is_categorical,
-            sidecar=sidecar(modality),
+            sidecar=sidecar(modality) if name in self._targets else None,
         )
 
     def _write_moments(self, found: Moments) -> Path:

@@ -10,7 +10,7 @@ from mm_model.api import MIN_SIDE_PX
 from mm_model.data.raster import RasterHeader
 from mm_model.data.strips import BLOCK_PX
 from mm_model.errors import TooLargeError
-from mm_model.generative.plan import plan
+from mm_model.generative.plan import Pass, plan
 from mm_model.generative.rows import column_bytes
 from mm_model.geo.grid import Grid
 from mm_model.serving.generator import Generator
@@ -43,15 +43,15 @@ def memory_bytes(request: SceneRequest, grid: Grid, generator: Generator, steps:
     """Most that generating takes at once, which grows with the width and the steps; beside it are
     the model and the rows of files that are read and written.
     """
-    model, targets = generator.model, check_request(request, generator)
-    passes = plan(
-        [name for name in request.observed if name not in targets],
-        targets,
-        model.seen_sets,
-        model.added_names,
-    )
     kept = [request.fill] if request.fill is not None else []
-    return grid.width * column_bytes(model, grid.height, passes, kept, steps)
+    passes = _passes(request, generator)
+    return grid.width * column_bytes(generator.model, grid.height, passes, kept, steps)
+
+
+def _passes(request: SceneRequest, generator: Generator) -> tuple[Pass, ...]:
+    model, targets = generator.model, check_request(request, generator)
+    known = [name for name in request.observed if name not in targets]
+    return plan(known, targets, model.names, model.seen_sets, model.added_names)
 
 
 def check_memory(request: SceneRequest, grid: Grid, generator: Generator, max_mb: int) -> None:
@@ -90,12 +90,16 @@ def disk_bytes(
             copies += bands * np.dtype(header.dtype).itemsize * pixels
     down, across = (-(-side // BLOCK_PX) * BLOCK_PX for side in grid.shape)
     made = uncertain = 0  # bytes a pixel of one sample, and of what all have in common
-    for modality in map(generator.modality, check_request(request, generator)):
+    targets = check_request(request, generator)
+    for modality in map(generator.modality, targets):
         bands = len(modality.bands) + (modality.name == request.fill)
         made += bands * np.dtype(modality.dtype).itemsize
         if request.uncertainty:
             classes = len(modality.classes) + 1  # and the entropy
             uncertain += 4 * (classes if modality.is_categorical else 2 * bands)
+    led = {n for one in _passes(request, generator) for n in one.targets} - {*targets}
+    for modality in map(generator.modality, sorted(led)):  # what is there until its sample is done
+        made += len(modality.bands) * np.dtype(modality.dtype).itemsize
     results = (request.samples * made + uncertain) * 4 // 3
     # Beside them what samples have in common is gathered, and one of all is there as raw pixels.
     return copies + down * across * (results + uncertain + max(made, uncertain))

@@ -40,7 +40,7 @@ def by_rows(x, mask, targets, seed, steps, *, origin=(0, 0), kept=(), model=MODE
     known = [n for n, k in zip(NAMES, mask.any(-1).any(-1)[0].tolist(), strict=True) if k]
     known = [n for n in known if n not in targets]
     made = torch.zeros(MODEL.codec.channels, frame.windows.height, frame.windows.width)
-    for one in plan(known, targets, model.seen_sets, model.added_names):
+    for one in plan(known, targets, NAMES, model.seen_sets, model.added_names):
         made += torch.cat(list(rows.decode(z, one, seed, steps, kept)), 1)
     return frame.crop(made)[None], shown
 
@@ -97,7 +97,7 @@ def test_progress_counts_every_window_and_can_cancel() -> None:
     told: list[int] = []
     rows = RowSampler(MODEL, frame, Shown(x, mask, frame), progress=told.append)
     z = rows.scene(1, 2)
-    (one,) = plan(["sar"], ["rgb"], MODEL.seen_sets)
+    (one,) = plan(["sar"], ["rgb"], NAMES, MODEL.seen_sets)
     list(rows.decode(z, one, 1, 2))
     assert sum(told) == rows.work(2, 1)
 
@@ -132,7 +132,7 @@ def test_memory_is_what_is_said_of_it(height, width, steps, targets) -> None:
 
     rows = RowSampler(MODEL, frame, shown, progress=look, precision="bf16")
     z = rows.scene(1, steps)
-    passes = plan(["sar"], targets, MODEL.seen_sets)
+    passes = plan(["sar"], targets, NAMES, MODEL.seen_sets)
     for one in passes:
         for _ in rows.decode(z, one, 1, steps):
             pass

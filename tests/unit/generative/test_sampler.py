@@ -17,7 +17,13 @@ from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative import sampler
 from mm_model.generative.noise import canvas_noise, generator, sample_seeds, scene_noise
-from mm_model.generative.sampler import SCENE_STEPS, decode_scene, sample, sample_scene
+from mm_model.generative.sampler import (
+    SCENE_STEPS,
+    decode_scene,
+    sample,
+    sample_scene,
+    step_count,
+)
 from mm_model.generative.windows import Windows
 from mm_model.modalities import MODALITIES, channel_slices
 from mm_model.scene import Scene
@@ -25,6 +31,9 @@ from mm_model.training.step import draw, step_loss
 
 MODEL = make_model()
 SLICES = channel_slices(FIVE)
+
+
+PAIRS = [{"modalities": [name, "map"], "patches": 2} for name in ("sar", "nir")]
 
 
 def observed(names: tuple[str, ...] = ("sar",), **options: int) -> tuple[torch.Tensor, ...]:
@@ -152,7 +161,46 @@ def test_scene_given_equals_scene_sampled_and_steps_matter() -> None:
     assert not torch.allclose(decode_scene(MODEL, x, mask, -z, ["rgb"], seeds, 3), made)
 
 
-def test_a_pair_never_trained_together_comes_from_the_scene_alone() -> None:
+def test_what_leads_to_a_target_is_made_the_same_whether_it_is_wanted_or_not() -> None:
+    """Radar and near infrared were never seen together; land cover was, with each."""
+    sets = [
+        {"modalities": ["sar", "map"], "patches": 2},
+        {"modalities": ["nir", "map"], "patches": 2},
+    ]
+    model = make_model(sets=sets)
+    x, mask = model.codec.encode(make_scene().only("sar"))
+    alone = sample(model, x, mask, ["nir"], [1, 2, 3], 2)
+    both = sample(model, x, mask, ["nir", "map"], [1, 2, 3], 2)
+    nir, land = model.codec.slices["nir"], model.codec.slices["map"]
+    assert torch.equal(alone[:, nir], both[:, nir])
+    assert (alone[:, land] == 0).all()
+    assert (both[:, land] != 0).any()
+    assert step_count(model, mask, ["nir"], 2) == step_count(model, mask, ["nir", "map"], 2)
+    z = sample_scene(model, x, mask, [1, 2, 3], SCENE_STEPS * 2)
+    seen = decode_scene(model, x, mask, z, ["map"], [1, 2, 3], 2)
+    land_seen = model.codec.decode(seen, ["map"])
+    valid = {"map": torch.ones_like(land_seen["map"], dtype=torch.bool)}
+    shown = model.codec.encode(Scene(land_seen, valid))
+    beside = decode_scene(model, *shown, z, ["nir"], [1, 2, 3], 2)
+    assert torch.equal(beside[:, nir], alone[:, nir])
+
+
+def test_samples_of_one_batch_are_led_in_ways_of_their_own() -> None:
+    sets = [
+        {"modalities": ["sar", "map"], "patches": 2},
+        {"modalities": ["nir", "map"], "patches": 2},
+    ]
+    model = make_model(sets=sets)
+    x, mask = model.codec.encode(make_scene().only("sar", "map"))
+    mask[0, 4], mask[1, 2] = False, False  # radar alone; land cover alone; both
+    wanted = [["nir", "map"], ["nir", "sar"], ["nir"]]
+    whole = sample(model, x, mask, wanted, [1, 2, 3], 2)
+    for i in range(3):
+        one = sample(model, x[i : i + 1], mask[i : i + 1], wanted[i], [i + 1], 2)
+        assert torch.equal(one, whole[i : i + 1])
+
+
+def test_where_nothing_leads_to_a_target_it_comes_from_the_scene_alone() -> None:
     apart = make_model(sets=[{"modalities": ["sar", "dem"], "patches": 2}])
     x, mask = apart.codec.encode(make_scene().only("sar"))
     z = sample_scene(apart, x, mask, [1, 2, 3], 2)

@@ -10,7 +10,14 @@ import rasterio
 from rasterio.transform import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving_fixtures import GRID, PATCH_PX, PLAUSIBLE, make_generator, make_layer
+from serving_fixtures import (
+    GRID,
+    PATCH_PX,
+    PLAUSIBLE,
+    make_bundle,
+    make_generator,
+    make_layer,
+)
 
 from mm_model.api import ModelIdentity
 from mm_model.data import raster
@@ -25,7 +32,7 @@ from mm_model.data.strips import (
 from mm_model.errors import GeoreferenceError, LayerError, RequestError
 from mm_model.geo.grid import Grid
 from mm_model.modalities import MODALITIES
-from mm_model.serving.generator import ObservedLayer, Request
+from mm_model.serving.generator import Generator, ObservedLayer, Request
 from mm_model.serving.observed import ObservedFiles
 from mm_model.serving.requests import SceneRequest
 from mm_model.serving.scenes import GENERATED, MAX_SIDE_PX, write_scene
@@ -92,6 +99,43 @@ def test_from_nothing_each_target_sees_those_written_before_it(tmp_path: Path) -
                 assert (found == expected).mean() > 0.99
             else:
                 assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
+def pairs_only() -> Generator:
+    """Of a model that has seen radar and colour with land cover, and never together."""
+    bundle = make_bundle()
+    bundle.model.seen_sets = ((frozenset({"sar", "map"}), 2), (frozenset({"rgb", "map"}), 2))
+    return Generator(bundle, max_side_px=MAX_SIDE_PX)
+
+
+def test_what_only_leads_to_a_target_is_not_left_behind(tmp_path: Path) -> None:
+    generator, given = pairs_only(), layers(SMALL, "sar")
+    request = SceneRequest(files(tmp_path, given), ("rgb",), samples=2, seed=3, steps=2)
+    written = write_scene(generator, request, MODEL, tmp_path / "out")
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["rgb_0.tif", "rgb_1.tif"]
+    (result,) = generator.generate([Request(given, ("rgb",), samples=2, seed=3, steps=2)])
+    (direct,) = make_generator().generate([Request(given, ("rgb",), samples=2, seed=3, steps=2)])
+    for k, path in enumerate(written):
+        found = raster.read_raster(path)
+        expected = result.values["rgb"][k]
+        assert np.abs(found.values - expected)[:, found.valid].mean() < 0.01 * expected.std()
+        assert np.abs(direct.values["rgb"][k] - expected).mean() > 0.1 * expected.std()
+
+
+def test_a_hole_is_filled_beside_what_leads_to_it(tmp_path: Path) -> None:
+    generator, given = pairs_only(), layers(SMALL, "sar", "rgb")
+    cloudy = given["rgb"]
+    cloudy.valid[25:40, 10:30] = False
+    made = {}
+    for name, level in (("as it is", 1.0), ("darker", 0.3)):
+        cloudy.values[:, cloudy.valid] *= level
+        request = SceneRequest(files(tmp_path, given), (), fill="rgb", seed=3, steps=2)
+        (path,) = write_scene(generator, request, MODEL, tmp_path / name)
+        made[name] = raster.read_raster(path).values[:3]
+        assert np.array_equal(made[name][:, cloudy.valid], cloudy.values[:, cloudy.valid])
+        assert np.isfinite(made[name]).all()
+    hole = ~cloudy.valid
+    assert not np.allclose(made["as it is"][:, hole], made["darker"][:, hole])
 
 
 def test_what_is_written_is_a_cog_with_all_that_a_file_should_say(tmp_path: Path) -> None:
