@@ -234,7 +234,7 @@ def _unseen(results: Results) -> str:
         return ""
     head = [f"{NIR} and {SAR}: dB above a constant", "never seen together", "seen together"]
     return table(head, rows) + (
-        "\n\nNothing was taught the unseen pair: specialists, `no_scene` and ours go through a third "
+        "\n\nNobody was taught the unseen pair: specialists, `no_scene` and ours go through a "
         "modality that was seen with both, ours and `no_scene` through the last declared one."
     )
 
