@@ -21,8 +21,8 @@ from mm_model.nn.blocks import FINE_STRIDE, fold, to_image
 WAVES, WIDE_WAVES = 32, 16  # of the pixel, and of each mean about it
 _FREQUENCY, _WIDE_FREQUENCY = 6.0, 3.0  # deviation of the phase's slope, radians a unit
 MEANS_PX = (4, 12, 36)  # sides of the squares that are averaged, at a quarter of the resolution
-_RIDGE = 1e-4  # beside features of variance 1/2; and 1 / patches² on top
-_LEAST_PATCHES = 8  # of which both modalities are known; of fewer nothing is believed
+_RIDGE = 1e-4  # beside features of variance 1/2; and 1 / places² on top
+_LEAST_PLACES = 2  # in each half, with both modalities; of fewer nothing is believed
 _LEAST_VARIANCE = 1e-6  # in model space: no source is believed without end
 _LEAST_PROBABILITY = 0.01  # of a class: a regression may say less than nothing
 
@@ -43,6 +43,9 @@ class Regressions(nn.Module):
         trust: [M, C], what each source's expectation weighs; 0 where it tells nothing.
         prior: [C], what is expected where nothing is observed: 0, or the logarithm of a class's
             share.
+        low, high: [C], between which values were seen. Beyond them nothing is known of how one
+            modality goes with another, so values count as the nearest that was seen, and none
+            further out is expected.
     """
 
     owner: Tensor
@@ -53,6 +56,8 @@ class Regressions(nn.Module):
     far: Tensor
     trust: Tensor
     prior: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, owner: Tensor, is_class: Tensor) -> None:
         super().__init__()
@@ -68,6 +73,8 @@ class Regressions(nn.Module):
         self.register_buffer("far", torch.zeros(modalities, far, channels))
         self.register_buffer("trust", torch.zeros(modalities, channels))
         self.register_buffer("prior", torch.zeros(channels))
+        self.register_buffer("low", torch.full((channels,), -torch.inf))
+        self.register_buffer("high", torch.full((channels,), torch.inf))
 
     @torch.no_grad()
     def forward(self, seen: Tensor, present: Tensor) -> Tensor:
@@ -83,9 +90,9 @@ class Regressions(nn.Module):
             # Of what is observed somewhere in the sample alone: features are what it costs.
             there = present.amax((1, 2)) > 0
             sample, source = there.nonzero(as_tuple=True)
-            pixels = seen[sample] * self.own[source, None, None]
             known = present[sample, ..., source]
-            expected = self._expected(pixels, known, source)
+            pixels = self._shown(seen[sample], known, source)
+            expected = self._expected(pixels, known, source).clamp(self.low, self.high)
             weights = known[..., None] * self.trust[source, None, None]
             summed, total = seen.new_zeros(2, batch, height, width, channels)
             # The first source of every sample, then the second: sums of an order of their own.
@@ -112,30 +119,37 @@ class Regressions(nn.Module):
         return found.view(count, height, width, channels) + _enlarged(wide)
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
         """Solve for the weights.
 
-        What a regression leaves is measured on patches that it has not seen, halves in turn, so
-        that few of them are not believed more than they deserve.
+        What a regression leaves is measured at places that it has not seen, halves in turn, so
+        that what holds at few of them is not believed more than it deserves.
 
         Args:
-            batches: x in model space, [N, C, H, W]; bool mask [N, M, H, W]; and which pixels of
-                each patch to look at, [N, P], numbered row by row.
+            batches: x in model space, [N, C, H, W]; bool mask [N, M, H, W]; which pixels of each
+                patch to look at, [N, P], numbered row by row; and the places of the patches, [N],
+                numbered from 0.
         """
         moments = _Moments(len(self.trust), self.near.shape[1] + self.far.shape[1], self.owner)
-        for x, mask, at in batches:
+        low, high = self.high.clone(), self.low.clone()
+        for x, mask, at, place in batches:
             y = _at(x, at)
             known = _at(mask.to(x.dtype), at) > 0
-            moments.begin(len(x))
+            there = known[..., self.owner]
+            low = torch.minimum(low, torch.where(there, y, torch.inf).amin((0, 1)))
+            high = torch.maximum(high, torch.where(there, y, -torch.inf).amax((0, 1)))
+            moments.usual(y, there)
             for source in range(len(self.trust)):
                 features = self._features_at(x, mask, at, source)
-                moments.add(source, features, y, known)
+                moments.add(source, features, y, known, place)
+        self.low.copy_(torch.minimum(low, high))  # of what was never seen it stays open
+        self.high.copy_(torch.maximum(low, high))
         for target in range(len(self.trust)):
             channels = self.owner == target
             usual = torch.where(self.is_class, self._shares(moments.mean(target)).log(), 0)
             self.prior[channels] = usual[channels]
             for source in range(len(self.trust)):
-                if source != target and moments.patches[source, target].min() >= _LEAST_PATCHES / 2:
+                if source != target and moments.places(source, target) >= _LEAST_PLACES:
                     self._solve(moments, source, target)
 
     def _solve(self, moments: _Moments, source: int, target: int) -> None:
@@ -154,7 +168,7 @@ class Regressions(nn.Module):
         """[N, P, features], near and far, of the pixels that are looked at."""
         which = torch.full((len(x),), source, device=x.device)
         known = mask[:, source].to(x.dtype)
-        pixels = x.movedim(1, -1) * self.own[source] * known[..., None]
+        pixels = self._shown(x.movedim(1, -1), known, which)
         looked = pixels.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, x.shape[1]))
         far = to_image(self._far(pixels, known, which))
         height, width = x.shape[2:]
@@ -162,6 +176,11 @@ class Regressions(nn.Module):
         where = where / torch.tensor([width, height], device=x.device) - 1
         wide = F.grid_sample(far, where[:, None], padding_mode="border", align_corners=False)
         return torch.cat([self._near(looked, which), wide[:, :, 0].mT], -1)
+
+    def _shown(self, pixels: Tensor, known: Tensor, source: Tensor) -> Tensor:
+        """What is looked at of pixels [K, H, W, C], each of one source: 0 where it is not known."""
+        own = self.own[source, None, None] & (known > 0)[..., None]
+        return torch.where(own, pixels.clamp(self.low, self.high), 0)
 
     def _near(self, pixels: Tensor, source: Tensor) -> Tensor:
         """[K, N, features] of pixels [K, N, C], each row of one source."""
@@ -201,7 +220,7 @@ class Regressions(nn.Module):
 
 
 class _Moments:
-    """Second moments of every pair's features and values, of patches in two halves.
+    """Second moments of every pair's features and values, of places in two halves.
 
     Args:
         modalities: their number.
@@ -215,27 +234,21 @@ class _Moments:
         def zeros(*more: int) -> Tensor:
             return owner.new_zeros(*shape, *more, dtype=torch.float64)
 
-        self._owner = owner
         self._gram, self._cross = zeros(features, features), zeros(features, channels)
         self._sum, self._squares, self._pixels = zeros(channels), zeros(channels), zeros()
-        self.patches = zeros()
+        self._places: dict[tuple[int, int, int], set[int]] = {}
         self._total, self._count = self._sum.new_zeros(channels), self._sum.new_zeros(channels)
-        self._first = self._next = 0
 
-    def begin(self, patches: int) -> None:
-        """As many further patches are coming."""
-        self._first, self._next = self._next, self._next + patches
+    def usual(self, y: Tensor, known: Tensor) -> None:
+        """Values [N, P, C] and which of them are known."""
+        self._total += torch.where(known, y, 0).double().sum((0, 1))
+        self._count += known.sum((0, 1))
 
-    def add(self, source: int, features: Tensor, y: Tensor, known: Tensor) -> None:
-        """Features [N, P, features] of a source, values [N, P, C], known [N, P, M]."""
-        if source == 0:
-            there = known[..., self._owner].double()
-            self._total += (y.double() * there).sum((0, 1))
-            self._count += there.sum((0, 1))
-        number = torch.arange(self._first, self._next, device=y.device)
+    def add(self, source: int, features: Tensor, y: Tensor, known: Tensor, place: Tensor) -> None:
+        """Features [N, P, features] of a source, values [N, P, C], known [N, P, M], place [N]."""
         for target in range(known.shape[-1]):
             for half in (0, 1) if target != source else ():
-                both = known[..., source] & known[..., target] & (number % 2 == half)[:, None]
+                both = known[..., source] & known[..., target] & (place % 2 == half)[:, None]
                 phi, values = features[both], y[both]
                 where = (source, target, half)
                 self._gram[where] += (phi.T @ phi).double()
@@ -243,7 +256,11 @@ class _Moments:
                 self._sum[where] += values.double().sum(0)
                 self._squares[where] += values.double().square().sum(0)
                 self._pixels[where] += len(phi)
-                self.patches[where] += both.any(1).sum()
+                self._places.setdefault(where, set()).update(place[both.any(1)].tolist())
+
+    def places(self, source: int, target: int) -> int:
+        """Places with both, in the half that has fewer."""
+        return min(len(self._places.get((source, target, half), ())) for half in (0, 1))
 
     def mean(self, target: int) -> Tensor:
         """[C]: of each channel wherever it is known."""
@@ -257,15 +274,14 @@ class _Moments:
         return second / pixels - (first / pixels).square()
 
     def weight(self, source: int, target: int, half: int | None = None) -> Tensor:
-        """[features, C], of one half of the patches, or of all."""
+        """[features, C], of one half of the places, or of all."""
         halves = (0, 1) if half is None else (half,)
         at = [(source, target, h) for h in halves]
-        gram, cross, pixels, patches = (
-            torch.stack([m[i] for i in at]).sum(0)
-            for m in (self._gram, self._cross, self._pixels, self.patches)
+        gram, cross, pixels = (
+            torch.stack([m[i] for i in at]).sum(0) for m in (self._gram, self._cross, self._pixels)
         )
-        # Pixels of a patch are alike: what is few is patches.
-        ridge = _RIDGE + 1 / patches.square()
+        # Pixels of a place are alike: what is few is places.
+        ridge = _RIDGE + 1 / sum(len(self._places[i]) for i in at) ** 2
         regular = gram / pixels + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight: Tensor = torch.linalg.solve(regular, cross / pixels)
         return weight

@@ -32,11 +32,13 @@ def fit_regressions(model: SceneModel, dataset: PatchDataset, seed: int) -> None
 
 def _looked_at(
     model: SceneModel, dataset: PatchDataset, source: np.random.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    numbers: dict[str, int] = {}  # of places, as they are met
     chosen = source.permutation(dataset.positions)[:PATCHES]
     names = [m.name for m in dataset.modalities]
     for first in range(0, len(chosen), _AT_ONCE):
         patches = dataset.store.read_many([int(i) for i in chosen[first : first + _AT_ONCE]], names)
         x, mask = model.codec.encode(collate(patches, dataset.modalities))
         at = source.integers(x[0, 0].numel(), size=(len(x), PIXELS))
-        yield x, mask, torch.from_numpy(at)
+        places = [numbers.setdefault(p.place_id, len(numbers)) for p in patches]
+        yield x, mask, torch.from_numpy(at), torch.tensor(places)

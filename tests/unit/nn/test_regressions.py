@@ -38,16 +38,17 @@ def with_classes(first: Tensor, second: Tensor) -> Tensor:
 
 
 def fitted(x: Tensor | None = None, known: Tensor | None = None) -> Regressions:
-    """From every third pixel of all patches, in batches of other sizes; known: bool [N, M]."""
+    """From every third pixel of patches of as many places, in batches; known: bool [N, M]."""
     regressions = Regressions(OWNER, IS_CLASS)
     x = truth(PATCHES) if x is None else x
     known = torch.ones(len(x), 3, dtype=torch.bool) if known is None else known
     mask = known[:, :, None, None].expand(-1, -1, HEIGHT, WIDTH)
     x = torch.where(mask[:, OWNER], x, 0)
     at = torch.arange(0, PIXELS, 3).expand(len(x), -1)
-    cuts = [0, 5, 20, len(x)]
+    cuts = [0, 5, 9, len(x)]
     spans = [slice(a, b) for a, b in itertools.pairwise(cuts)]
-    regressions.fit((x[s], mask[s], at[s]) for s in spans)
+    place = torch.arange(len(x))
+    regressions.fit((x[s], mask[s], at[s], place[s]) for s in spans)
     return regressions
 
 
@@ -140,7 +141,7 @@ def test_a_source_that_tells_nothing_is_not_believed() -> None:
     assert left(ask(regressions, truth(8, seed=1), 0), truth(8, seed=1)) < 1.1
 
 
-@pytest.mark.parametrize("together", [0, 7])
+@pytest.mark.parametrize("together", [0, 3])
 def test_a_pair_that_was_hardly_seen_together_tells_nothing(together: int) -> None:
     known = torch.ones(PATCHES, 3, dtype=torch.bool)
     known[together:, 1] = False  # the second only in the first patches
@@ -161,6 +162,28 @@ def test_few_patches_that_mislead_are_not_believed() -> None:
     assert torch.stack(believed).median() <= 1  # than which a mean is not less
 
 
+def test_what_holds_at_one_place_alone_is_not_believed() -> None:
+    """All patches of a place have a level of their own, in both modalities."""
+    source = torch.Generator().manual_seed(0)
+    levels = torch.randn(4, 3, 1, 1, generator=source)
+    x = 0.1 * torch.randn(PATCHES, 6, HEIGHT, WIDTH, generator=source)
+    place = torch.arange(PATCHES) // (PATCHES // 4)
+    x[:, :3] += levels[place]
+    mask, at = torch.ones(PATCHES, 3, HEIGHT, WIDTH, dtype=torch.bool), torch.arange(0, PIXELS, 3)
+    apart = Regressions(OWNER, IS_CLASS)
+    apart.fit([(x, mask, at.expand(PATCHES, -1), place)])
+    assert apart.trust[0, 2] <= 1.1 * (1 / x[:, 2].var()) ** 2
+    assert fitted(x).trust[0, 2] > 10 * (1 / x[:, 2].var()) ** 2  # were they all of other places
+
+
+def test_far_from_what_was_seen_nothing_runs_away() -> None:
+    x = truth(PATCHES)
+    regressions, most = fitted(x), x[:, 2].abs().max()
+    far = truth(1, seed=1).sign() * 1000
+    assert ask(regressions, far, 0)[:, 2].abs().max() <= most
+    assert torch.allclose(ask(regressions, far, 0), ask(regressions, far * 2, 0))
+
+
 def test_a_sample_does_not_depend_on_those_beside_it() -> None:
     regressions, x = fitted(), truth(8)
     present = torch.ones(8, HEIGHT, WIDTH, 3)
@@ -177,7 +200,7 @@ def test_how_patches_are_batched_does_not_matter() -> None:
     x = truth(PATCHES)
     mask, at = torch.ones(PATCHES, 3, HEIGHT, WIDTH, dtype=torch.bool), torch.arange(0, PIXELS, 3)
     once = Regressions(OWNER, IS_CLASS)
-    once.fit([(x, mask, at.expand(PATCHES, -1))])
+    once.fit([(x, mask, at.expand(PATCHES, -1), torch.arange(PATCHES))])
     assert torch.allclose(once.trust, fitted(x).trust, rtol=1e-3)
 
 
