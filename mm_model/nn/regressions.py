@@ -131,7 +131,7 @@ class Regressions(nn.Module):
                 numbered from 0.
         """
         moments = _Moments(len(self.trust), self.near.shape[1] + self.far.shape[1], self.owner)
-        low, high = self.high.clone(), self.low.clone()
+        low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.high, -torch.inf)
         for x, mask, at, place in batches:
             y = _at(x, at)
             known = _at(mask.to(x.dtype), at) > 0
