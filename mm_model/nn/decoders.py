@@ -51,7 +51,7 @@ class Decoder(nn.Module):
 
     Args:
         owner: modality of each channel, [C], of those that are not learnt later.
-        regressions: what pixels tell in closed form; None if that was not solved for.
+        regressions: what observed values tell in closed form; None if that was not solved for.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class SceneModel(nn.Module):
         patch_px: side of the windows it was trained on, and samples in.
         added: names of modalities that are learnt after the others, beside networks that stay; the
             last of `modalities`, in that order.
-        regressions: whether the decoder has what pixels tell in closed form, which
+        regressions: whether the decoder has what values tell in closed form, which
             `decoder.regressions.fit` solves for before training. Older bundles have none.
     """
 

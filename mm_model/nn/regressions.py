@@ -130,8 +130,12 @@ class Regressions(nn.Module):
                 patch to look at, [N, P], numbered row by row; and the places of the patches, [N],
                 numbered from 0.
         """
+        for told in (self.near, self.far, self.trust):
+            told.zero_()
+        self.low.fill_(-torch.inf)
+        self.high.fill_(torch.inf)
         moments = _Moments(len(self.trust), self.near.shape[1] + self.far.shape[1], self.owner)
-        low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.high, -torch.inf)
+        low, high = self.high.clone(), self.low.clone()
         for x, mask, at, place in batches:
             y = _at(x, at)
             known = _at(mask.to(x.dtype), at) > 0
@@ -144,10 +148,8 @@ class Regressions(nn.Module):
                 moments.add(source, features, y, known, place)
         self.low.copy_(torch.minimum(low, high))  # of what was never seen it stays open
         self.high.copy_(torch.maximum(low, high))
+        self.prior.copy_(torch.where(self.is_class, self._shares(moments.mean()).log(), 0))
         for target in range(len(self.trust)):
-            channels = self.owner == target
-            usual = torch.where(self.is_class, self._shares(moments.mean(target)).log(), 0)
-            self.prior[channels] = usual[channels]
             for source in range(len(self.trust)):
                 if source != target and moments.places(source, target) >= _LEAST_PLACES:
                     self._solve(moments, source, target)
@@ -262,7 +264,7 @@ class _Moments:
         """Places with both, in the half that has fewer."""
         return min(len(self._places.get((source, target, half), ())) for half in (0, 1))
 
-    def mean(self, target: int) -> Tensor:
+    def mean(self) -> Tensor:
         """[C]: of each channel wherever it is known."""
         return (self._total / self._count.clamp_min(1)).float()
 

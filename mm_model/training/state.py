@@ -118,10 +118,14 @@ class Checkpoints:
 
     @torch.no_grad()
     def load_average(self, module: nn.Module) -> None:
-        """Overwrite a module's parameters with the averages of the newest checkpoint."""
+        """Overwrite a module's parameters with the averages of the newest checkpoint, and what is
+        no parameter with what it is there.
+        """
+        averaged = {n for n, _ in module.named_parameters()}
         with safe_open(self.files()[-1], framework="pt") as content:
-            for name, parameter in module.named_parameters():
-                parameter.copy_(content.get_tensor(f"ema/{name}"))
+            for name, tensor in module.state_dict().items():
+                kind = "ema" if name in averaged else "model"
+                tensor.copy_(content.get_tensor(f"{kind}/{name}"))
 
     def restore(self, state: TrainState) -> bool:
         """Go on from the newest checkpoint; False where there is none.

@@ -111,6 +111,14 @@ def test_the_first_step_begins_with_the_bundles_weights(folder):
     assert any((fresh[n] - t).abs().max() > 0.05 for n, t in older.items())
 
 
+def test_a_training_from_scratch_solves_for_its_regressions(folder):
+    found = load_bundle(folder / "older").model.decoder.regressions
+    assert found.low.isfinite().all()
+    assert (found.low < found.high).all()
+    unsolved = make_job(choose(), folder).model().decoder.regressions
+    assert unsolved.low.isinf().all()
+
+
 def test_its_loss_starts_where_that_of_the_older_training_ended(folder):
     first = {}
     for start in ("scratch", "older"):

@@ -204,6 +204,18 @@ def test_how_patches_are_batched_does_not_matter() -> None:
     assert torch.allclose(once.trust, fitted(x).trust, rtol=1e-3)
 
 
+def test_a_second_fit_knows_nothing_of_the_first() -> None:
+    x = truth(PATCHES)
+    mask, at = torch.ones(PATCHES, 3, HEIGHT, WIDTH, dtype=torch.bool), torch.arange(0, PIXELS, 3)
+    place = torch.arange(PATCHES)
+    once, twice = Regressions(OWNER, IS_CLASS), Regressions(OWNER, IS_CLASS)
+    twice.fit([(0.1 * x, mask, at.expand(PATCHES, -1), place)])
+    for one in (once, twice):
+        one.fit([(x, mask, at.expand(PATCHES, -1), place)])
+    for name, buffer in once.named_buffers():
+        assert torch.equal(buffer, twice.get_buffer(name))
+
+
 def test_a_model_keeps_them() -> None:
     model = make_model(regressions=True)
     copy = SceneModel.from_config(model.config)
