@@ -1,7 +1,7 @@
 """The bare training step and the product's peak, on any device.
 
 `python -m benchmarks.step --device cuda --size base --patch-px 128 --batch 64` prints samples a
-second, the share of the device's own bf16 matrix product, and seconds a sampled patch, of a model
+second, the share of the device's own matrix product, and seconds a sampled patch, of a model
 with random weights on random images.
 """
 
@@ -22,6 +22,7 @@ from benchmarks import setting
 from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.config import TrainConfig
+from mm_model.generative.precision import autocast, native_precision
 from mm_model.generative.sampler import sample
 from mm_model.nn.model import SceneModel, Size
 from mm_model.training.loop import clip_gradients, make_state
@@ -40,7 +41,7 @@ def training_step(
     and its floating-point operations.
     """
     objective = TrainingStep(state.model)  # type: ignore[arg-type]
-    kind = batches[0][0].device.type
+    device = batches[0][0].device
     state.model.train()
     done = 0
 
@@ -49,7 +50,7 @@ def training_step(
         inputs = batches[done % len(batches)]
         done += 1
         state.optimizer.zero_grad()
-        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(device, config.precision):
             loss = objective(*inputs).total
         loss.backward()
         clip_gradients(state.model, config.gradient_clip)  # type: ignore[arg-type]
@@ -74,10 +75,11 @@ def samples_per_s(step: Callable[[], None], batch: int, steps: int, device: str 
     return statistics.median(rates)
 
 
-def matmul_flops_per_s(device: str = "cpu") -> float:
-    """Of the product of two square bf16 matrices: the fastest of several."""
+def matmul_flops_per_s(device: str = "cpu", precision: str | None = None) -> float:
+    """Of the product of two square matrices in `train.precision`: the fastest of several."""
     side = MATRIX[torch.device(device).type]
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    kind = torch.bfloat16 if used(precision, device) == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
 
     def product() -> None:
         a @ b
@@ -85,6 +87,11 @@ def matmul_flops_per_s(device: str = "cpu") -> float:
 
     product()
     return 2 * side**3 / min(setting.take_turns({"product": product}, repeats=9)["product"])
+
+
+def used(precision: str | None, device: str = "cpu") -> str:
+    """What `train.precision` comes to on a device."""
+    return precision or native_precision(torch.device(device))
 
 
 def _settle(device: str) -> None:
@@ -126,7 +133,8 @@ def main() -> None:
     for _ in range(5):
         step()
     rate = samples_per_s(step, chosen.batch, chosen.steps, chosen.device)
-    peak = matmul_flops_per_s(chosen.device)
+    precision = used(params.train.precision, chosen.device)
+    peak = matmul_flops_per_s(chosen.device, precision)
     model.eval()
     x, mask = batches[0][:2]
     seen = mask.clone()
@@ -147,7 +155,7 @@ def main() -> None:
         device = torch.cuda.get_device_name()
     print(
         f"{chosen.size}: {parameters / 1e6:.1f} M parameters, {chosen.patch_px} px, batch "
-        f"{chosen.batch}, {params.train.precision}, on {device}\n"
+        f"{chosen.batch}, {precision}, on {device}\n"
         f"training            {rate:.1f} samples/s, {each / 1e9:.2f} GFLOP a sample\n"
         f"matrix product      {peak / 1e12:.2f} TFLOP/s\n"
         f"share of the peak   {each * rate / peak:.3f}\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import setting
-from benchmarks.step import MATRIX, matmul_flops_per_s, samples_per_s, training_step
+from benchmarks.step import MATRIX, matmul_flops_per_s, samples_per_s, training_step, used
 from mm_model.adapters.mlflow_reporter import read_journal
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.config import Params
@@ -35,6 +35,7 @@ BARE_STEPS = 30
 def measure() -> tuple[dict[str, float], dict[str, str]]:
     """The two sides in turn: bare, Ray, bare, Ray, bare."""
     chosen = setting.params()
+    precision = used(chosen.train.precision)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
@@ -45,11 +46,11 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
                 bare_step()
             batch = job.config.batch
             bare, full = [samples_per_s(bare_step, batch, BARE_STEPS)], []
-            peaks = [matmul_flops_per_s()]
+            peaks = [matmul_flops_per_s(precision=precision)]
             for _ in range(TURNS):
                 full.append(_full(job))
                 bare.append(samples_per_s(bare_step, batch, BARE_STEPS))
-                peaks.append(matmul_flops_per_s())
+                peaks.append(matmul_flops_per_s(precision=precision))
     finally:
         torch.set_num_threads(threads)
     # Each Ray run is compared with the mean of the bare runs before and after it.
@@ -65,13 +66,13 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "train_matmul_peak_share": flops / config.batch * bare_rate / peak,
     }
     notes = {
-        "": f"Size `{chosen.model.size}`, batch {config.batch}, {config.precision}, "
+        "": f"Size `{chosen.model.size}`, batch {config.batch}, {precision}, "
         f"{chosen.prepare.patch_px} px; {config.workers} Ray workers, or one process with "
         f"{os.cpu_count()} threads.",
         "train_samples_per_s": "store, batches, step, averaging, journal, on Ray Train; settled",
         "train_bare_loop_samples_per_s": "one process; batch and its randomness lie in memory",
         "train_flops_per_sample": "forward and backward, counted by torch",
-        "train_matmul_peak_gflops": f"product of two {side} x {side} bf16 matrices",
+        "train_matmul_peak_gflops": f"product of two {side} x {side} {precision} matrices",
         "train_matmul_peak_share": "of the bare loop; its time holds the optimiser, too",
     }
     return figures, notes

@@ -157,7 +157,9 @@ class TrainConfig(Section):
         str, Field(min_length=1, description="scratch, pretrained, or a bundle's folder")
     ]
     add: str | None = Field(None, description="a modality that joins the bundle at `start`")
-    only: Literal["flow"] | None = Field(None, description="the part of that bundle that learns")
+    only: Literal["flow", "decoder"] | None = Field(
+        None, description="the part of that bundle that learns"
+    )
     seed: int
     steps: PositiveInt
     batch: PositiveInt
@@ -169,7 +171,9 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     gradient_clip: PositiveFloat
     ema: Fraction
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="of matrix products; null is the device's own"
+    )
     checkpoint_every: PositiveInt
     picture_every: PositiveInt
     max_failures: Annotated[int, Field(ge=0)]

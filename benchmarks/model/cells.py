@@ -40,7 +40,8 @@ from mm_model.pretrained import PRETRAINED
 
 HERE = Path(__file__).parent
 _CORE = (
-    *("training/dataset.py", "training/state.py", "generative/noise.py"),
+    *("training/dataset.py", "training/state.py"),
+    *("generative/noise.py", "generative/precision.py"),
     *("codec.py", "modalities.py", "conditions.py"),
 )
 _SCENE = ("nn", "generative", "training")

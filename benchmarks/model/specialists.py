@@ -14,6 +14,7 @@ from benchmarks.model.regimes import NIR, RGB, Regime, choices, ordered_pairs
 from benchmarks.model.training import Descent, Effort, Learner, fit
 from mm_model.config import TrainConfig
 from mm_model.generative.noise import generator
+from mm_model.generative.precision import autocast
 from mm_model.modalities import Modality
 
 WIDTH = 32  # 1.9 M parameters
@@ -179,7 +180,7 @@ class _Adversarial:
     def __init__(self, network: UNet, pair: Pair, config: TrainConfig) -> None:
         self._network, self._pair = network, pair
         self._judge = PatchGan(pair.inputs + pair.modality.channels)
-        self._bf16 = config.precision == "bf16"
+        self._precision = config.precision
         self._optimizers = [
             torch.optim.Adam(m.parameters(), lr=GAN_RATE, betas=GAN_BETAS, fused=True)
             for m in (network, self._judge)
@@ -192,14 +193,14 @@ class _Adversarial:
             for group in optimizer.param_groups:
                 group["lr"] = GAN_RATE * pace
         for_generator, for_judge = self._optimizers
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+        with autocast(x.device, self._precision):
             raw = self._network(source)
             made = torch.cat([source, estimate(raw.float(), modality) * valid], 1)
             real = torch.cat([source, truth], 1)
             verdicts = self._judge(torch.cat([real, made.detach()])).float().chunk(2)
             found = (_cross_entropy(verdicts[0], True) + _cross_entropy(verdicts[1], False)) / 2
         _descend(found, for_judge)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+        with autocast(x.device, self._precision):
             fooled = _cross_entropy(self._judge(made).float(), True)
             near = reconstruction(raw, truth, valid, modality)
             loss = fooled + LAMBDA * near

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.model.regimes import Regime
 from mm_model.config import TrainConfig
+from mm_model.generative.precision import autocast
 from mm_model.modalities import select
 from mm_model.nn.model import SceneModel
 from mm_model.scene import Scene
@@ -27,6 +28,7 @@ BATCH = 16
 BETAS = (0.9, 0.97)  # as the project's own loop
 WARM_SHARE, COOL_SHARE = 0.02, 0.3  # of the budget
 _SAY_EVERY_S = 60
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Descent:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * pace
         self._optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
+        with autocast(_CPU, self._config.precision):
             loss = self._loss(number, x, mask)
         loss.backward()  # type: ignore[no-untyped-call]
         if isinstance(self._module, SceneModel):
@@ -198,7 +200,7 @@ def teach(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * pace(number / steps)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(_CPU, None):
             found = loss(module(source), truth, source)
         found.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -21,6 +21,7 @@ from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import batch_noise, scene_noise
 from mm_model.generative.path import advance, step_times
 from mm_model.generative.plan import Pass, plan
+from mm_model.generative.precision import autocast, native_precision
 from mm_model.generative.windows import STRIDE, Frame, distance
 from mm_model.scene import Scene
 
@@ -324,17 +325,6 @@ def mean_scene(
     )
 
 
-def native_precision(device: torch.device) -> str:
-    """bf16 where the hardware multiplies it itself, else fp32, which emulation would not beat."""
-    if device.type == "cpu":
-        # Private names, of torch 2.4 and later: there is no public question.
-        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, name, bool)() for name in asked)
-    else:
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
 def for_sampling(model: M) -> M:
     """The model, or a copy whose matrices lie in the precision that they are multiplied in here.
 
@@ -375,7 +365,7 @@ class Chunks:
         self, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         outputs = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self.device, "bf16" if self.bf16 else "fp32"):
             for chunk in zip(*(torch.split(i, self.size) for i in inputs), strict=True):
                 made = function(*chunk)
                 outputs.append(made if isinstance(made, tuple) else (made,))

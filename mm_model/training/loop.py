@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mm_model.config import TrainConfig
 from mm_model.errors import NonFiniteLossError
+from mm_model.generative.precision import autocast
 from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.state import Checkpoints, Ema, TrainState
@@ -117,7 +118,7 @@ def train(
         state.optimizer.zero_grad()
         x, mask = model.codec.encode(scene.to(device))
         draws = draw(model, config.seed, step, range(rank * share, (rank + 1) * share), mask)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(device, config.precision):
             found: StepLoss = objective(x, mask, conditions.to(device), draws)
         loss = found.total
         finite = bool(loss.isfinite())
