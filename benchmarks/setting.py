@@ -25,6 +25,8 @@ from mm_model.data.sources.synthetic import SyntheticSource
 from mm_model.data.stats import compute_statistics
 from mm_model.data.store import PatchStore
 from mm_model.nn.model import SceneModel, Size
+from mm_model.training.dataset import PatchDataset
+from mm_model.training.regress import fit_regressions
 
 
 def params() -> Params:
@@ -79,7 +81,7 @@ def make_store(chosen: Params, path: Path, places: int) -> PatchStore:
 
 
 def make_bundle(chosen: Params, folder: Path) -> tuple[Bundle, PatchStore]:
-    """A bundle of the chosen size with random weights, which are as fast as trained ones."""
+    """A bundle of the chosen size as a training begins, which is as fast as a trained one."""
     store = make_store(chosen, folder / "patches", places=2)
     statistics_ = compute_statistics(store, range(len(store)), chosen.selected)
     torch.manual_seed(0)
@@ -89,6 +91,10 @@ def make_bundle(chosen: Params, folder: Path) -> tuple[Bundle, PatchStore]:
         Codec(chosen.selected, statistics_),
         statistics_["sets"],
         patch_px=chosen.prepare.patch_px,
+        regressions=True,
+    )
+    fit_regressions(
+        model, PatchDataset(store, range(len(store)), chosen.selected, seed=0, batch=1), seed=0
     )
     manifest = Manifest(model.config, chosen.prepare.gsd_m[:1], statistics_)
     save_bundle(folder / "bundle", model.eval(), manifest)

@@ -113,7 +113,14 @@ def main() -> None:
     params = setting.params()
     size = Size(**params.model.sizes[chosen.size].model_dump())
     names = [{"modalities": [m.name for m in params.selected], "patches": 1}]
-    model = SceneModel(params.selected, size, Codec(params.selected, None), names, chosen.patch_px)
+    model = SceneModel(
+        params.selected,
+        size,
+        Codec(params.selected, None),
+        names,
+        chosen.patch_px,
+        regressions=True,
+    )
     model.to(chosen.device)
     state = make_state(model, params.train)
     if chosen.compile:

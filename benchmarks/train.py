@@ -64,6 +64,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "train_flops_per_sample": flops / config.batch,
         "train_matmul_peak_gflops": peak / 1e9,
         "train_matmul_peak_share": flops / config.batch * bare_rate / peak,
+        "train_full_path_matmul_peak_share": flops / config.batch * statistics.median(full) / peak,
     }
     notes = {
         "": f"Size `{chosen.model.size}`, batch {config.batch}, {precision}, "
@@ -74,6 +75,7 @@ def measure() -> tuple[dict[str, float], dict[str, str]]:
         "train_flops_per_sample": "forward and backward, counted by torch",
         "train_matmul_peak_gflops": f"product of two {side} x {side} {precision} matrices",
         "train_matmul_peak_share": "of the bare loop; its time holds the optimiser, too",
+        "train_full_path_matmul_peak_share": "of the whole path, which has a worker for each core",
     }
     return figures, notes
 

@@ -144,6 +144,15 @@ def replica_environment() -> dict[str, str]:
     return service_environment() | {k: os.environ.get(k, value) for k, value in kept.items()}
 
 
+def training_environment() -> dict[str, str]:
+    """For workers that train: what a step frees stays with the process, for the next one.
+
+    glibc gives it back and is given it again, page by page: a seventh of a step's time on a CPU.
+    """
+    kept = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    return {key: os.environ.get(key, value) for key, value in kept.items()}
+
+
 def jobs_folder(model: str) -> Path:
     """Where the files of a model's jobs lie, and their database if `MM_JOBS_URL` names none."""
     return state_dir() / "jobs" / model

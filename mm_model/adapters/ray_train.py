@@ -169,6 +169,7 @@ def _fit(job: Job) -> None:
         run_config=RunConfig(
             name=f"{job.run.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.run / "ray"),
+            worker_runtime_env={"env_vars": environment.training_environment()},
             # Without a limit, workers that no machine can hold are waited for without end.
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=1
