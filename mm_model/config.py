@@ -157,9 +157,7 @@ class TrainConfig(Section):
         str, Field(min_length=1, description="scratch, pretrained, or a bundle's folder")
     ]
     add: str | None = Field(None, description="a modality that joins the bundle at `start`")
-    only: Literal["flow", "decoder"] | None = Field(
-        None, description="the part of that bundle that learns"
-    )
+    only: Literal["flow"] | None = Field(None, description="the part of that bundle that learns")
     seed: int
     steps: PositiveInt
     batch: PositiveInt

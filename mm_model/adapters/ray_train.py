@@ -117,7 +117,8 @@ def _work(job: Job, *, rank: int, world: int, device: torch.device) -> None:
     )
     shown = [store.read(i) for i in job.shown] if rank == 0 else []
     model = job.model()
-    fit_regressions(model, dataset, job.config.seed)
+    if job.start is None:
+        fit_regressions(model, dataset, job.config.seed)
     train(
         make_state(model.to(device), job.config),
         dataset,

@@ -76,11 +76,6 @@ class Regressions(nn.Module):
         self.register_buffer("low", torch.full((channels,), -torch.inf))
         self.register_buffer("high", torch.full((channels,), torch.inf))
 
-    @property
-    def solved(self) -> bool:
-        """Whether `fit` was called, ever."""
-        return bool(self.high.isfinite().any())
-
     @torch.no_grad()
     def forward(self, seen: Tensor, present: Tensor) -> Tensor:
         """Expected values or logits, [B, C, H, W], float32.

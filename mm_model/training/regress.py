@@ -22,14 +22,12 @@ def fit_regressions(model: SceneModel, dataset: PatchDataset, seed: int) -> None
     The same on every rank: what is looked at depends on the seed and the dataset alone.
 
     Args:
-        model: changed in place; on the CPU. Without regressions, or with some that were solved for
-            when its training began, it stays as it is: its networks learnt what these leave.
+        model: changed in place; on the CPU. Without regressions it stays as it is.
         dataset: whose modalities are the model's.
         seed: makes the choice of patches and pixels.
     """
-    regressions = model.decoder.regressions
-    if regressions is not None and not regressions.solved:
-        regressions.fit(_looked_at(model, dataset, np.random.default_rng(seed)))
+    if model.decoder.regressions is not None:
+        model.decoder.regressions.fit(_looked_at(model, dataset, np.random.default_rng(seed)))
 
 
 def _looked_at(

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mm_model.bundle import Bundle, Manifest
 from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import Modality
@@ -85,28 +83,15 @@ def continued(
 ) -> SceneModel:
     """The bundle's model, ready to learn on: its weights, its codec, its modalities.
 
-    Where the decoder learns on and the bundle is from before regressions, it gets them, yet to be
-    solved for, and its networks of the pixel begin anew on what they will leave.
-
     Args:
         bundle: what to begin with; it stays as it is.
         seen_sets: sets of modalities of its training and of the one that begins.
         patch_px: side of the patches of the one that begins.
         only: the part of the model that learns; None is all of it.
     """
-    regressions = only != "flow" or bundle.model.decoder.regressions is not None
-    config = {
-        **bundle.model.config,
-        "seen_sets": seen_sets,
-        "patch_px": patch_px,
-        "regressions": regressions,
-    }
+    config = {**bundle.model.config, "seen_sets": seen_sets, "patch_px": patch_px}
     model = SceneModel.from_config(config)
-    kept = bundle.model.state_dict()
-    model.load_state_dict({**model.state_dict(), **kept})
-    if regressions and bundle.model.decoder.regressions is None:
-        for parameter in model.decoder.pixel_networks.outer.parameters():
-            nn.init.zeros_(parameter)
+    model.load_state_dict(bundle.model.state_dict())
     if only is not None:
         model.requires_grad_(False)
         model.get_submodule(only).requires_grad_(True)

@@ -8,7 +8,7 @@ of workers nor on the other samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -138,46 +138,28 @@ def step_loss(
         conditions: [B, K], features of `mm_model.conditions`.
         draws: from `draw`.
     """
-    own = draws.own_scene
-    seen, whole = _seen(mask, draws), _whole(model, mask)
+    observed = draws.observed[:, :, None, None]
+    known = mask & ~draws.hole
+    seen = known & observed
+    conditions = conditions * draws.conditions_kept[:, OWNERS]
+    whole = _whole(model, mask)
+
     # Each sample is encoded once: from all that there is, for the decoder alone, or from what is
     # observed, for the decoder and for the flow, whose target learns nothing from it.
+    own = draws.own_scene
     h, scene = model.encode(x, torch.where(_column(own), seen, whole))
     with torch.no_grad():
         _, clean = model.encode(x[own], whole[own])
-    told = conditions[own] * draws.conditions_kept[own][:, OWNERS]
     t_scene, noise_scene = draws.t_scene[own], draws.noise_scene[own]
-    squares = _flow_losses(model, clean, t_scene, noise_scene, h[own], seen[own], told)
+    squares = _flow_losses(model, clean, t_scene, noise_scene, h[own], seen[own], conditions[own])
     flow = 2 * squares.sum() / len(x)
-    made = _decoded(model, x, mask, conditions, draws, scene)
-    return replace(made, total=made.total + flow, flow=flow.detach())
 
-
-def decoder_step_loss(
-    model: SceneModel, x: Tensor, mask: Tensor, conditions: Tensor, draws: Draws
-) -> StepLoss:
-    """The decoder's loss alone, from the scenes of an encoder that stays as it is.
-
-    The draws, and so what the decoder meets, are those of `step_loss`, whose arguments these are.
-    """
-    with torch.no_grad():
-        shown = torch.where(_column(draws.own_scene), _seen(mask, draws), _whole(model, mask))
-        _, scene = model.encode(x, shown)
-    return _decoded(model, x, mask, conditions, draws, scene)
-
-
-def _decoded(
-    model: SceneModel, x: Tensor, mask: Tensor, conditions: Tensor, draws: Draws, scene: Tensor
-) -> StepLoss:
-    """The decoder's losses, given clean scenes [B, S, h, w]; its flow is 0."""
-    conditions = conditions * draws.conditions_kept[:, OWNERS]
     # Of unchanged length, so that the decoder cannot tell how noisy a scene is.
     noise = _column(draws.scene_noise)
     scene = (1 - noise.square()).sqrt() * scene + noise * draws.noise_z
     scene = scene * _column(draws.scene_kept)
-    present = mask & ~draws.hole & draws.direct[:, :, None, None]
-    hole = draws.observed[:, :, None, None] & draws.hole
-    wanted = mask & (draws.wanted[:, :, None, None] | hole)
+    present = known & draws.direct[:, :, None, None]
+    wanted = mask & (draws.wanted[:, :, None, None] | (observed & draws.hole))
     times = model.channelwise(draws.t)[:, :, None, None]
     noisy = torch.where(model.channelwise(wanted), interpolate(x, draws.noise, times), 0)
     shown = torch.where(model.channelwise(present), x, noisy)
@@ -197,8 +179,8 @@ def _decoded(
     with torch.no_grad():
         plain = target_losses(model, raw, x, wanted, draws.t)
     by_modality = plain.sum(0) / counts.clamp_min(1)
-    total = decoder + pixel.sum(1).mean() + sureness
-    return StepLoss(total, torch.zeros_like(total.detach()), by_modality, counts)
+    total = decoder + flow + pixel.sum(1).mean() + sureness
+    return StepLoss(total, flow.detach(), by_modality, counts)
 
 
 def flow_step_loss(
@@ -208,7 +190,7 @@ def flow_step_loss(
 
     A sample costs a small part of what it costs in `step_loss`, whose arguments these are.
     """
-    seen = _seen(mask, draws)
+    seen = mask & ~draws.hole & draws.observed[:, :, None, None]
     with torch.no_grad():
         h, _ = model.encode(x, seen)
         _, clean = model.encode(x, _whole(model, mask))
@@ -218,20 +200,17 @@ def flow_step_loss(
     return StepLoss(squares.mean(), squares.mean().detach(), none, none)
 
 
-_LOSSES = {None: step_loss, "flow": flow_step_loss, "decoder": decoder_step_loss}
-
-
 class TrainingStep(nn.Module):
     """The step's loss as a module's forward, so that DistributedDataParallel can wrap it.
 
     Args:
         model: trained in place.
-        only: the part that learns, "flow" or "decoder"; None is all of it.
+        only: "flow" if nothing but the scene flow learns.
     """
 
     def __init__(self, model: SceneModel, only: str | None = None) -> None:
         super().__init__()
-        self.model, self._loss = model, _LOSSES[only]
+        self.model, self._loss = model, step_loss if only is None else flow_step_loss
 
     def forward(self, x: Tensor, mask: Tensor, conditions: Tensor, draws: Draws) -> StepLoss:
         return self._loss(self.model, x, mask, conditions, draws)
@@ -288,11 +267,6 @@ def _flow_losses(
     z_t = interpolate(clean, noise, _column(t))
     z_hat = model.estimate_scene(z_t, t, h, seen.float().mean((2, 3)), conditions)
     return (z_hat - clean).square().mean((1, 2, 3)) * velocity_weight(t)
-
-
-def _seen(mask: Tensor, draws: Draws) -> Tensor:
-    """What is observed, without its holes."""
-    return mask & ~draws.hole & draws.observed[:, :, None, None]
 
 
 def _whole(model: SceneModel, mask: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """A pipeline folder's training that begins with a bundle, in this process."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -24,7 +23,6 @@ from mm_model.data.split import TRAIN, load_split, make_splits
 from mm_model.data.stats import compute_statistics
 from mm_model.errors import BundleError, ConfigError
 from mm_model.generative.sampler import sample
-from mm_model.nn.model import SceneModel
 from mm_model.pretrained import PRETRAINED
 
 ROOT = Path(__file__).parents[3]
@@ -287,21 +285,6 @@ def test_the_flow_learns_alone_and_all_else_stays_bit_for_bit(folder):
     assert all(n.startswith("flow.") for n in changed)
     assert summary["losses"]["loss"] == summary["losses"]["loss_flow"] > 0
     assert bundle.manifest.effort["steps"] == 170
-
-
-def test_the_decoder_learns_alone_and_gets_the_regressions_that_it_lacked(folder):
-    older = load_bundle(folder / "older").model
-    without = SceneModel.from_config({**older.config, "regressions": False})
-    kept = {n: t for n, t in older.state_dict().items() if n in without.state_dict()}
-    without.load_state_dict(kept)
-    manifest = load_manifest(folder / "older")
-    save_bundle(folder / "oldest", without, dataclasses.replace(manifest, model=without.config))
-    train_bundle(choose(start="oldest", only="decoder", steps=20), folder)
-    after = load_bundle(folder / "models/bundle").model
-    assert after.decoder.regressions.solved
-    changed = {n for n, t in kept.items() if not torch.equal(after.state_dict()[n], t)}
-    assert changed
-    assert all(n.startswith("decoder.") for n in changed)
 
 
 @pytest.mark.parametrize("changes", [{"start": "scratch"}, {"start": "older", "add": "pan"}])

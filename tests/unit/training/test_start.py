@@ -5,25 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import (
-    HEIGHT,
-    MAP,
-    RGB,
-    SAR,
-    SELECTED,
-    SETS,
-    SIZE,
-    dataset,
-    make_model,
-    statistics,
-)
+from training_fixtures import MAP, RGB, SAR, SELECTED, SETS, SIZE, make_model, statistics
 
 from mm_model.bundle import Bundle, Manifest
-from mm_model.codec import Codec
 from mm_model.errors import BundleError, ConfigError
 from mm_model.modalities import MODALITIES
-from mm_model.nn.model import SceneModel
-from mm_model.training.regress import fit_regressions
 from mm_model.training.start import check_start, continued, join_correlations, merge_sets
 
 PATH = Path("older/bundle")
@@ -77,26 +63,15 @@ def test_a_bundle_of_unknown_history_is_refused():
         check(about=manifest(source="made by hand"))
 
 
-def trained(*, regressions: bool) -> Bundle:
-    """A bundle whose weights are no fresh model's."""
-    torch.manual_seed(0)
-    codec = Codec(SELECTED, statistics())
-    model = SceneModel(SELECTED, SIZE, codec, SETS, regressions=regressions)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    if regressions:
-        fit_regressions(model, dataset(), seed=3)
-    return Bundle(model.eval().requires_grad_(False), manifest())
-
-
 def test_it_goes_on_with_weights_and_codec_and_learns():
-    bundle = trained(regressions=True)
-    older = bundle.model
+    older = make_model()
+    with torch.no_grad():
+        for parameter in older.parameters():
+            parameter.add_(torch.randn_like(parameter))
     kept = {n: t.clone() for n, t in older.state_dict().items()}
+    bundle = Bundle(older.eval().requires_grad_(False), manifest())
     sets = [*SETS, {"modalities": ["rgb"], "patches": 2}]
     model = continued(bundle, sets, patch_px=40)
-    fit_regressions(model, dataset(count=30), seed=4)  # solved for long ago
     assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert (model.patch_px, model.modalities) == (40, SELECTED)
@@ -104,20 +79,6 @@ def test_it_goes_on_with_weights_and_codec_and_learns():
     with torch.no_grad():
         next(model.parameters()).add_(1)
     assert all(torch.equal(t, kept[n]) for n, t in older.state_dict().items())
-
-
-def test_a_bundle_from_before_regressions_gets_them_and_keeps_the_rest():
-    bundle = trained(regressions=False)
-    model = continued(bundle, SETS, patch_px=HEIGHT)
-    assert model.config["regressions"]
-    fit_regressions(model, dataset(), seed=3)
-    assert model.decoder.regressions.solved
-    kept, now = bundle.model.state_dict(), model.state_dict()
-    anew = {n for n in kept if not torch.equal(now[n], kept[n])}
-    assert anew == {f"decoder.pixel_networks.outer.{n}" for n in ("weight", "bias")}
-    assert not any(now[n].any() for n in anew)
-    # What stands beside a part that learns alone is not to change.
-    assert not continued(bundle, SETS, HEIGHT, only="flow").config["regressions"]
 
 
 def test_equal_sets_add_up_whatever_their_order():

@@ -153,24 +153,6 @@ def test_the_flow_alone_has_the_loss_that_it_has_beside_the_rest() -> None:
     assert spoilt.flow.item() == alone.flow.item()
 
 
-def test_the_decoder_alone_has_the_gradients_that_it_has_beside_the_rest() -> None:
-    def learn(only: str | None) -> dict[str, torch.Tensor]:
-        model = make_model().train()
-        if only:
-            model.requires_grad_(False)
-            model.decoder.requires_grad_(True)
-        x, mask = model.codec.encode(make_scene(valid_share=0.5))
-        known = torch.ones(3, FEATURES)
-        TrainingStep(model, only)(
-            x, mask, known, draw(model, 0, 3, range(3), mask)
-        ).total.backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-    beside, alone = learn(None), learn("decoder")
-    assert set(alone) == {n for n in beside if n.startswith("decoder.")}
-    assert all(torch.equal(alone[n], beside[n]) for n in alone)
-
-
 def test_gradients_do_not_depend_on_the_order_of_layers() -> None:
     gradients = []
     for order in (NAMES, NAMES[::-1], ("map", "rgb", "dem", "nir", "sar")):
