@@ -22,7 +22,7 @@ from benchmarks import setting
 from mm_model.codec import Codec
 from mm_model.conditions import FEATURES
 from mm_model.config import TrainConfig
-from mm_model.generative.precision import autocast, native_precision
+from mm_model.generative.precision import autocast, used_precision
 from mm_model.generative.sampler import sample
 from mm_model.nn.model import SceneModel, Size
 from mm_model.training.loop import clip_gradients, make_state
@@ -78,7 +78,11 @@ def samples_per_s(step: Callable[[], None], batch: int, steps: int, device: str 
 def matmul_flops_per_s(device: str = "cpu", precision: str | None = None) -> float:
     """Of the product of two square matrices in `train.precision`: the fastest of several."""
     side = MATRIX[torch.device(device).type]
-    kind = torch.bfloat16 if used(precision, device) == "bf16" else torch.float32
+    kind = (
+        torch.bfloat16
+        if used_precision(precision, torch.device(device)) == "bf16"
+        else torch.float32
+    )
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
 
     def product() -> None:
@@ -87,11 +91,6 @@ def matmul_flops_per_s(device: str = "cpu", precision: str | None = None) -> flo
 
     product()
     return 2 * side**3 / min(setting.take_turns({"product": product}, repeats=9)["product"])
-
-
-def used(precision: str | None, device: str = "cpu") -> str:
-    """What `train.precision` comes to on a device."""
-    return precision or native_precision(torch.device(device))
 
 
 def _settle(device: str) -> None:
@@ -140,7 +139,7 @@ def main() -> None:
     for _ in range(5):
         step()
     rate = samples_per_s(step, chosen.batch, chosen.steps, chosen.device)
-    precision = used(params.train.precision, chosen.device)
+    precision = used_precision(params.train.precision, torch.device(chosen.device))
     peak = matmul_flops_per_s(chosen.device, precision)
     model.eval()
     x, mask = batches[0][:2]

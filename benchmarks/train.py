@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import setting
-from benchmarks.step import MATRIX, matmul_flops_per_s, samples_per_s, training_step, used
+from benchmarks.step import MATRIX, matmul_flops_per_s, samples_per_s, training_step
 from mm_model.adapters.mlflow_reporter import read_journal
 from mm_model.adapters.ray_train import Job, launch
 from mm_model.config import Params
 from mm_model.data.stats import compute_statistics
 from mm_model.data.store import PatchStore
+from mm_model.generative.precision import used_precision
 from mm_model.nn.model import SceneModel
 from mm_model.training.dataset import PatchDataset
 from mm_model.training.loop import LOG_EVERY, make_state
@@ -35,7 +36,7 @@ BARE_STEPS = 30
 def measure() -> tuple[dict[str, float], dict[str, str]]:
     """The two sides in turn: bare, Ray, bare, Ray, bare."""
     chosen = setting.params()
-    precision = used(chosen.train.precision)
+    precision = used_precision(chosen.train.precision, torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:

@@ -16,7 +16,12 @@ def native_precision(device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
+def used_precision(precision: str | None, device: torch.device) -> str:
+    """What was asked for, or (None) the device's own."""
+    return precision or native_precision(device)
+
+
 def autocast(device: torch.device, precision: str | None) -> torch.autocast:
     """In which products are taken in "bf16", in "fp32", or (None) in the device's own precision."""
-    bf16 = (precision or native_precision(device)) == "bf16"
+    bf16 = used_precision(precision, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -21,7 +21,7 @@ from mm_model.errors import RequestError, UnknownModalityError
 from mm_model.generative.noise import batch_noise, scene_noise
 from mm_model.generative.path import advance, step_times
 from mm_model.generative.plan import Pass, plan
-from mm_model.generative.precision import autocast, native_precision
+from mm_model.generative.precision import autocast, used_precision
 from mm_model.generative.windows import STRIDE, Frame, distance
 from mm_model.scene import Scene
 
@@ -331,7 +331,7 @@ def for_sampling(model: M) -> M:
     Autocast casts all of them anew at every step, a sixth of the time that a patch takes. Samples
     are the same to the last bit; in another precision the copy makes none.
     """
-    if native_precision(next(model.parameters()).device) != "bf16":
+    if used_precision(None, next(model.parameters()).device) != "bf16":
         return model
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -355,7 +355,7 @@ class Chunks:
     """
 
     def __init__(self, device: torch.device, precision: str | None) -> None:
-        precision = precision or native_precision(device)
+        precision = used_precision(precision, device)
         if precision not in ("fp32", "bf16"):
             raise RequestError("precision", got=precision, allowed="fp32 or bf16")
         self.device, self.bf16 = device, precision == "bf16"

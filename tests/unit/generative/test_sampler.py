@@ -15,7 +15,7 @@ from model_fixtures import FIVE, NAMES, make_model, make_scene
 
 from mm_model.conditions import FEATURES
 from mm_model.errors import RequestError, UnknownModalityError
-from mm_model.generative import sampler
+from mm_model.generative import precision, sampler
 from mm_model.generative.noise import canvas_noise, generator, sample_seeds, scene_noise
 from mm_model.generative.sampler import (
     SCENE_STEPS,
@@ -58,9 +58,9 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(precision: str) -> No
 
 def test_matrices_that_are_cast_once_make_the_same_samples(monkeypatch) -> None:
     x, mask = observed(("sar",), height=20, width=44)
-    monkeypatch.setattr(sampler, "native_precision", lambda _: "fp32")
+    monkeypatch.setattr(precision, "native_precision", lambda _: "fp32")
     assert sampler.for_sampling(MODEL) is MODEL
-    monkeypatch.setattr(sampler, "native_precision", lambda _: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda _: "bf16")
     fast = sampler.for_sampling(MODEL)
     of = {n: p.dtype for n, p in fast.named_parameters()}
     assert of["flow.to_scene.weight"] == of["decoder.fine_in.weight"] == torch.bfloat16
